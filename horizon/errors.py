@@ -1,0 +1,36 @@
+"""Named errors: every failure a user can cause or meet has one of these types and a one-line message.
+
+A message says what was found, what was expected and which setting or file to change.
+"""
+
+
+class HorizonError(Exception):
+    """Base of all errors that Horizon raises on purpose."""
+
+
+class ConfigError(HorizonError):
+    """A setting has a value that cannot work."""
+
+
+class BudgetError(HorizonError):
+    """Something does not fit the memory it was given; raised before it is allocated."""
+
+
+class UnsupportedModelError(HorizonError):
+    """The architecture cannot be cut into blocks that compute what the model computes."""
+
+
+class CheckpointError(HorizonError):
+    """Model files are missing, damaged, or do not match the architecture."""
+
+
+class DataError(HorizonError):
+    """Training data is missing, empty or malformed."""
+
+
+class BatchError(HorizonError):
+    """A batch handed to the engine cannot be trained on."""
+
+
+class NonFiniteError(HorizonError):
+    """A loss or a gradient is NaN or infinite."""
