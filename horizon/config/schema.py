@@ -1,0 +1,106 @@
+"""Every setting of a run, typed, with its default and its meaning. Plain dataclasses: importing this needs no Hydra.
+
+Hydra composes `conf/` onto these classes (see `horizon.config.compose`), so an unknown key or a wrong
+type fails naming the key. The library takes the same objects: `MemoryConfig` is public as `horizon.MemoryConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+# Hydra matches enums by member *name*, so names equal values.
+class DataFormat(StrEnum):
+    python_stdlib = "python_stdlib"  # the running interpreter's own library sources
+    text = "text"  # one text file, or a folder of them
+    messages = "messages"  # JSONL, one {"messages": [{"role", "content"}, ...]} a line
+
+
+class LrSchedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ComputeDtype(StrEnum):
+    auto = "auto"  # bfloat16 on a GPU, float32 on CPU
+    bfloat16 = "bfloat16"  # compute from the high halves of the masters
+    float32 = "float32"  # compute from the exact fp32 masters
+
+
+class OnNonFinite(StrEnum):
+    stop = "stop"  # raise, naming step and block; weights stay as before the step
+    skip = "skip"  # drop the step's gradients, count it, go on
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str | None = None  # folder, hub id, or a folder holding only a config.json (random weights)
+    config: dict[str, Any] = field(default_factory=dict)  # without a path: a transformers config, `model_type` included
+    revision: str | None = None  # of a hub id
+    trust_remote_code: bool = False
+    freeze: list[str] = field(default_factory=list)  # name patterns (`model.embed_tokens.*`) that are not trained
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    format: DataFormat = DataFormat.python_stdlib
+    path: str | None = None  # file or folder; not used by python_stdlib
+    validation_path: str | None = None  # else validation_fraction of the files (or lines) is held out
+    validation_fraction: float = 0.05
+    max_bytes: int | None = None  # read at most so much text (files in seeded order)
+    tokenizer: str = "auto"  # auto: the model folder's, else one trained on the text | train | bytes | a folder
+    vocab_size: int = 4096  # of a trained tokenizer
+    packing: bool = True  # several documents to a row, attention kept inside each
+    shuffle: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # not applied to norms and biases
+    max_grad_norm: float | None = 1.0  # null: no clipping
+    schedule: LrSchedule = LrSchedule.cosine
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    steps: int = 100
+    batch_size: int = 8  # rows per optimizer step
+    seq_len: int = 1024  # tokens per row
+    micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
+    eval_rows: int = 64  # validation rows scored before and after training; 0: none
+    sample_tokens: int = 48  # length of the sample generated before and after; 0: none
+    sample_prompt: str | None = None  # null: the beginning of a validation row
+    on_nonfinite: OnNonFinite = OnNonFinite.stop
+    save: bool = True  # write the trained model as a Hugging Face folder
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig:
+    """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
+
+    host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
+    device_budget: str = "auto"  # device memory, framework included; auto: what is free. Ignored on CPU only runs
+    weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
+    update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
+
+
+@dataclass(kw_only=True, slots=True)
+class HorizonConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    seed: int = 0
