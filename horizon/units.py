@@ -39,7 +39,9 @@ def format_bytes(num_bytes: float) -> str:
     """`num_bytes` with a binary unit and three significant digits: `1.42 GiB`."""
     for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= size:
-            return f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 999.5 * size else f"{num_bytes / size:.0f} {unit}"
+            return (
+                f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 999.5 * size else f"{num_bytes / size:.0f} {unit}"
+            )
     return f"{num_bytes:.0f} B"
 
 

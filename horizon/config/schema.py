@@ -30,6 +30,12 @@ class ComputeDtype(StrEnum):
     float32 = "float32"  # compute from the exact fp32 masters
 
 
+class Kernels(StrEnum):
+    auto = "auto"  # Liger's fused kernels where they are installed and the device is a GPU, else torch's
+    liger = "liger"
+    torch = "torch"
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -41,6 +47,7 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)  # without a path: a transformers config, `model_type` included
     revision: str | None = None  # of a hub id
     trust_remote_code: bool = False
+    self_check: bool = True  # stream a tiny model of the architecture against plain autograd first
     freeze: list[str] = field(default_factory=list)  # name patterns (`model.embed_tokens.*`) that are not trained
 
 
@@ -60,14 +67,14 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     name: str = "adamw"
-    lr: float = 1e-5
+    lr: float | None = None  # null: 1e-5 for weights that were trained before, 2e-3 for random ones
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
     max_grad_norm: float | None = 1.0  # null: no clipping
     schedule: LrSchedule = LrSchedule.cosine
-    warmup_steps: int = 0
+    warmup_steps: int = 10
     min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
 
 
@@ -75,7 +82,7 @@ class OptimConfig:
 class TrainConfig:
     steps: int = 100
     batch_size: int = 8  # rows per optimizer step
-    seq_len: int = 1024  # tokens per row
+    seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
     eval_rows: int = 64  # validation rows scored before and after training; 0: none
     sample_tokens: int = 48  # length of the sample generated before and after; 0: none
@@ -103,4 +110,5 @@ class HorizonConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     compute_dtype: ComputeDtype = ComputeDtype.auto
+    kernels: Kernels = Kernels.auto
     seed: int = 0

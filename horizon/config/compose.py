@@ -1,0 +1,139 @@
+"""Composes `conf/` (and the user's own folders) onto the typed schema with Hydra.
+
+Nothing but the command line imports this: the library takes the dataclasses of `horizon.config.schema` directly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from horizon.config.schema import HorizonConfig
+from horizon.errors import ConfigError, HorizonError
+
+CONFIG_NAME = "config"
+SCHEMA_NAME = "horizon_schema"
+
+
+def conf_dir() -> Path:
+    """The folder of configs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: list[str]) -> HorizonConfig:
+    """The settings that `overrides` ask for, without running anything.
+
+    Raises:
+        ConfigError: an unknown key or group, or a value of the wrong type.
+    """
+    _register_schema()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return to_config(hydra.compose(CONFIG_NAME, overrides), overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _as_config_error(error) from error
+
+
+def run_with_hydra(
+    task: Callable[[HorizonConfig, Path], Any],
+    arguments: list[str],
+    on_error: Callable[[HorizonError], None],
+) -> None:
+    """Hand `arguments` to Hydra, which calls `task(config, output_dir)` once, or once for each run of a sweep.
+
+    A named error of a run goes to `on_error` and the runs after it still take place.
+
+    Raises:
+        ConfigError: an unknown key or group, or a value of the wrong type.
+    """
+    _register_schema()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself and exits before they reach the caller
+    if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 refuses the lazy help text of Hydra's own parser
+        setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010
+
+    def job(composed: DictConfig) -> Any:
+        settings = HydraConfig.get()
+        try:
+            return task(to_config(composed, settings.overrides.task), Path(settings.runtime.output_dir))
+        except HorizonError as error:  # caught here because Hydra adds lines of its own to what passes through it
+            on_error(error)
+            return None
+
+    sys.argv[1:] = arguments
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _as_config_error(error) from error
+
+
+def to_config(composed: DictConfig, overrides: Iterable[str]) -> HorizonConfig:
+    """The typed settings of a composed tree; `model.path` replaces the preset's `model.config`.
+
+    Raises:
+        ConfigError: a setting without a value, or both `model.path` and a key of `model.config` given.
+    """
+    try:
+        # merged once more because `+key=value` adds to a composed tree what the schema does not have
+        config = OmegaConf.to_object(OmegaConf.merge(HorizonConfig, OmegaConf.to_container(composed)))
+    except OmegaConfBaseException as error:
+        raise _as_config_error(error) from error
+    assert isinstance(config, HorizonConfig)
+    if config.model.path is not None:
+        unused = [text for text in overrides if text.lstrip("+~").startswith("model.config")]
+        if unused:
+            raise ConfigError(f"{unused[0]} has no use beside model.path={config.model.path}; remove one of the two")
+        config.model.config = {}
+    return config
+
+
+def _register_schema() -> None:
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=HorizonConfig)
+
+
+def _as_config_error(error: Exception) -> ConfigError:
+    """One line out of the several that Hydra and OmegaConf give, with the key's full name and what it may have meant."""
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return ConfigError(_one_line(str(error)))
+    message = _one_line(str(cause))
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return ConfigError(f"{cause.full_key} is no setting; {_alternatives(cause, cause.full_key)}")
+    return ConfigError(f"{cause.full_key}: {message}")
+
+
+def _one_line(text: str) -> str:
+    """The lines of a message up to the details that only a developer of Hydra needs."""
+    message = ""
+    for line in text.splitlines():
+        if line.strip().startswith(("Config search path", "full_key:")):
+            break
+        separator = "" if not message else " " if message.endswith(":") else "; "
+        message += separator + line.strip() if line.strip() else ""
+    return message
+
+
+def _alternatives(cause: OmegaConfBaseException, full_key: str) -> str:
+    """What the node of an unknown key does hold, as the end of a sentence."""
+    if not dataclasses.is_dataclass(cause.object_type):
+        return f"to add it to what is there, write +{full_key}=..."
+    parent = full_key.rpartition(".")[0]
+    names = [field.name for field in dataclasses.fields(cause.object_type)]
+    near = difflib.get_close_matches(str(cause.key), names, n=1)
+    if near:
+        return f"did you mean {parent}.{near[0]}?" if parent else f"did you mean {near[0]}?"
+    return f"{parent or 'the top level'} has {', '.join(names)}"

@@ -1,0 +1,245 @@
+"""A Hugging Face decoder-only model as blocks: embedding, one block per decoder layer, final norm + head.
+
+`BlockModel` holds no weights. Each method runs the model's own modules on parameters handed to it (views of a
+slot), so one block at a time needs memory. Every layer keeps its own module, hence its own attributes and
+buffers. Shape legend: B rows, T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horizon.errors import ConfigError, UnsupportedModelError
+from horizon.models.kernels import FusedKernels
+from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
+from horizon.plan.layout import BlockLayout, Param, ParamSpec, place_block
+
+Params = Mapping[str, Tensor]  # local parameter name -> tensor
+
+
+class BlockModel:
+    """The blocks of one skeleton: their layouts, and how to run each.
+
+    Block 0 is the embedding, blocks 1..L the decoder layers, block L+1 the final norm and the head.
+    """
+
+    def __init__(self, skeleton: nn.Module, freeze: Sequence[str] = (), fused: bool = False):
+        self.skeleton = skeleton
+        self.config: Any = skeleton.config
+        if getattr(self.config, "layerdrop", 0):
+            raise UnsupportedModelError(
+                f"config.layerdrop={self.config.layerdrop}: dropping whole layers is not supported; set 0"
+            )
+        _freeze(skeleton, freeze)
+        self.structure: Structure = find_structure(skeleton)
+        self.layouts: tuple[BlockLayout, ...] = _lay_out(skeleton, self.structure)
+        self.parameter_names: tuple[str, ...] = tuple(name for name, _ in skeleton.named_parameters())
+        self._accepts = frozenset(inspect.signature(skeleton.forward).parameters)
+        self._kernels = FusedKernels(skeleton) if fused else None
+        modules = (skeleton, *self.structure.layers, skeleton)
+        self._bindings = tuple(_Binding(m, lay) for m, lay in zip(modules, self.layouts, strict=True))
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def head(self) -> int:
+        """Index of the head block."""
+        return self.num_blocks - 1
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.skeleton.parameters())
+
+    def uses_dropout(self) -> bool:
+        """Whether a training forward draws random numbers: masks must then be replayed by a recomputation."""
+        in_modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.skeleton.modules())
+        in_config = any(
+            "dropout" in key and isinstance(value, float) and value > 0 for key, value in self.config.to_dict().items()
+        )
+        return in_modules or in_config
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off, as `nn.Module.train`."""
+        self.skeleton.train(mode)
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers (rotary tables and the like, never parameters) to `device`."""
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Raise ConfigError when the model's forward does not take one of the named inputs."""
+        for name in names:
+            if name not in self._accepts:
+                raise ConfigError(
+                    f"{type(self.skeleton).__name__} does not take {name!r}: a packed batch needs position_ids "
+                    "(set data.packing=false), a padded one attention_mask"
+                )
+
+    def embed(self, params: Params, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """Run the model up to its first layer.
+
+        Args:
+            params: the embedding block's parameters.
+            inputs: input_ids [B, T] and, where given, attention_mask [B, T] and position_ids [B, T].
+
+        Returns:
+            hidden states [B, T, H], and for every layer what the model calls it with.
+        """
+        log: list[tuple[Tensor, Call]] = []
+        with self._bindings[0].bound(params), tapped(self.structure, log):
+            try:
+                self.skeleton(**inputs, use_cache=False)
+            except LastLayerReached:
+                pass
+        return log[0][0], [call for _, call in log]
+
+    def layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
+        """Run decoder layer `block` (1..L): hidden states [B, T, H] in, hidden states out."""
+        with self._bindings[block].bound(params), self._kernels.active() if self._kernels else nullcontext():
+            output = self.structure.layers[block - 1](hidden, *call.args, **call.kwargs)
+        return output[0] if self.structure.returns_tuple else output  # type: ignore[no-any-return]
+
+    def logits(self, params: Params, hidden: Tensor) -> Tensor:
+        """Final norm, head and whatever the model does to its logits: [B, T, H] -> [B, T, V]."""
+
+        def finished(*args: Any, **kwargs: Any) -> Any:
+            state = hidden
+            for module in self.structure.tail:
+                state = module(state)
+            return self.structure.output_type(last_hidden_state=state)
+
+        owner = self.structure.owner
+        with self._bindings[self.head].bound(params):
+            owner.__dict__["forward"] = finished  # the layers' owner has already run, block by block
+            try:
+                return self.skeleton(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]
+            finally:
+                del owner.__dict__["forward"]
+
+
+class _Binding:
+    """The places in a module tree where one block's parameters are read from."""
+
+    def __init__(self, module: nn.Module, layout: BlockLayout):
+        self._places: list[tuple[str, dict[str, Any], str]] = []
+        for local_name, _, _ in layout.slot_ranges():
+            path, _, leaf = local_name.rpartition(".")
+            self._places.append((local_name, module.get_submodule(path)._parameters, leaf))
+
+    @contextmanager
+    def bound(self, params: Params) -> Iterator[None]:
+        """While open, the module computes with `params`; afterwards it is storage-free again."""
+        originals = [(table, leaf, table[leaf]) for _, table, leaf in self._places]
+        try:
+            for name, table, leaf in self._places:
+                table[leaf] = params[name]
+            yield
+        finally:
+            for table, leaf, original in originals:
+                table[leaf] = original
+
+
+def _freeze(skeleton: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in skeleton.named_parameters()]
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(f"model.freeze={pattern!r} matches no parameter; names look like {names[0]!r}")
+        for name in matched:
+            skeleton.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in skeleton.parameters()):
+        raise ConfigError("model.freeze leaves no parameter to train")
+
+
+def _lay_out(skeleton: nn.Module, structure: Structure) -> tuple[BlockLayout, ...]:
+    specs = _specs(skeleton)
+    aliases = dict(skeleton.named_parameters(remove_duplicate=False))
+    prefix = structure.layers_path + "."
+    in_layers = {name for name in specs if name.startswith(prefix)}
+    early = [specs[n] for n in specs if n in structure.early and n not in in_layers]
+    late = [specs[n] for n in specs if n not in structure.early and n not in in_layers]
+    layouts = [place_block(0, "embed", early)]
+    for i in range(len(structure.layers)):
+        own = prefix + f"{i}."
+        layer = [_local(spec, own) for name, spec in specs.items() if name.startswith(own)]
+        layouts.append(place_block(i + 1, f"layers.{i}", layer))
+    shared = _shared_with_head(skeleton, structure, aliases, {s.name for s in late}, layouts[0])
+    layouts.append(place_block(len(layouts), "head", late, shared))
+    _check_complete(specs, aliases, layouts)
+    return tuple(layouts)
+
+
+def _specs(skeleton: nn.Module) -> dict[str, ParamSpec]:
+    return {
+        name: ParamSpec(name, name, tuple(p.shape), p.requires_grad, _decays(skeleton, name, p))
+        for name, p in skeleton.named_parameters()
+    }
+
+
+def _decays(skeleton: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices: not for norms, biases, and other vectors."""
+    path, _, leaf = name.rpartition(".")
+    is_norm = "norm" in type(skeleton.get_submodule(path)).__name__.lower()
+    return not is_norm and "bias" not in leaf and parameter.dim() > 1
+
+
+def _local(spec: ParamSpec, prefix: str) -> ParamSpec:
+    return ParamSpec(spec.name, spec.name.removeprefix(prefix), spec.shape, spec.trainable, spec.decay)
+
+
+def _shared_with_head(
+    skeleton: nn.Module,
+    structure: Structure,
+    aliases: Mapping[str, nn.Parameter],
+    late: set[str],
+    embed: BlockLayout,
+) -> list[tuple[str, int, Param]]:
+    """Parameters of the embedding block that the head side reads under another name (tied embeddings)."""
+    owned = {id(skeleton.get_parameter(p.name)): p for p in embed.params}
+    return [
+        (alias, 0, owned[id(parameter)])
+        for alias, parameter in aliases.items()
+        if id(parameter) in owned and alias != owned[id(parameter)].name and alias not in late
+    ]
+
+
+def _check_complete(
+    specs: Mapping[str, ParamSpec], aliases: Mapping[str, nn.Parameter], layouts: Sequence[BlockLayout]
+) -> None:
+    placed = [p.name for layout in layouts for p in layout.params]
+    covered = len(placed) + sum(len(layout.borrowed) for layout in layouts)
+    if sorted(placed) != sorted(specs) or covered != len(aliases):
+        shared = sorted(set(aliases) - set(placed))
+        raise UnsupportedModelError(
+            f"parameters are shared in a way blocks cannot express: {', '.join(shared[:4])}; "
+            "only an embedding shared with the head can be streamed"
+        )
+
+
+def block_parameters(layout: BlockLayout, flat: Tensor) -> dict[str, Tensor]:
+    """The block's parameters as views of a slot's flat buffer: local name -> view."""
+    return {name: flat[offset : offset + _numel(shape)].view(shape) for name, offset, shape in layout.slot_ranges()}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,99 @@
+"""How gradients become updates: after the global norm is known, or block by block as they land.
+
+Both are sinks the executor sends gradients to. `KeptUpdates` (exact clipping, accumulation) remembers when the last
+gradient has landed and updates all blocks once the norm is known, ahead of the next forward. `StreamedUpdates`
+(no clipping) updates a block while the backward of the blocks below is still running, and gives its gradient
+buffer back to the ring.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+
+from torch import Tensor
+
+from horizon.optim.updater import Updater
+from horizon.store.gradients import GradientBuffers
+from horizon.store.ledger import Ledger
+from horizon.stream.streams import Event
+
+
+class KeptUpdates:
+    """Gradients wait on the host until `apply`."""
+
+    def __init__(self, updater: Updater):
+        self._updater = updater
+        self._last: Event | None = None
+
+    def turned(self, loss: Tensor, event: Event) -> None:
+        """The loss is looked at with the norm, at the end of the step."""
+
+    def landed(self, block: int, event: Event) -> None:
+        """Blocks drain in order on one stream, so the last event covers all."""
+        self._last = event
+
+    def wait(self) -> None:
+        """Return when all gradients are on the host."""
+        if self._last is not None:
+            self._last.synchronize()
+
+    def apply(self, step: int, lr: float, grad_scale: float) -> None:
+        """Start the update of all blocks and return at once; the ledger tells when each is done."""
+        self._updater.submit(step, lr, grad_scale)
+
+
+class StreamedUpdates:
+    """Updates each block as soon as its gradient has landed, on a thread that waits for the events.
+
+    Nothing is updated before the step's loss is known to be finite; a step with another loss is dropped whole.
+    """
+
+    def __init__(self, updater: Updater, buffers: GradientBuffers, ledger: Ledger) -> None:
+        self._updater, self._buffers, self._ledger = updater, buffers, ledger
+        self._landings: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loss: tuple[Tensor, Event] | None = None
+        self._step, self._lr = 0, 0.0
+
+    def begin(self, step: int, lr: float) -> None:
+        """Take the gradients that land from now on as those of `step`."""
+        self._step, self._lr, self._loss = step, lr, None
+        self._thread = threading.Thread(target=self._watch, name="horizon-landings", daemon=True)
+        self._thread.start()
+
+    def turned(self, loss: Tensor, event: Event) -> None:
+        """`loss` (a host scalar) is valid after `event`; called before any gradient lands."""
+        self._loss = loss, event
+
+    def landed(self, block: int, event: Event) -> None:
+        """Hand the block to the watching thread."""
+        self._landings.put((block, event))
+
+    def finish(self) -> None:
+        """No gradient of this step will follow; returns when all of them were taken."""
+        self._landings.put(None)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _watch(self) -> None:
+        try:
+            while (landing := self._landings.get()) is not None:
+                block, event = landing
+                event.synchronize()
+                if self._loss_is_finite():
+                    self._updater.submit_block(block, self._step, self._lr)
+                else:
+                    self._buffers.release(block)
+        except BaseException as error:  # whoever waits for a version or a buffer must hear of it
+            self._ledger.fail(error)
+            self._buffers.fail(error)
+
+    def _loss_is_finite(self) -> bool:
+        if self._loss is None:
+            return False  # the forward failed
+        loss, event = self._loss
+        event.synchronize()
+        return math.isfinite(float(loss))

@@ -1,0 +1,263 @@
+"""The updater: worker threads that apply AdamW to the blocks in order and publish each block's new version.
+
+`submit` queues one step's update of all blocks, `submit_block` that of one. A block's trainable parameters are cut
+into chunks; all threads take chunks of the earliest submitted block that has any left, so blocks finish in order but
+for the last chunks under way, and the loader of block 0 need not wait for the rest. The chunks of a block are the
+same for any number of threads and each element belongs to exactly one, so threads and chunk size never change a
+result.
+
+Invariants: padding between parameters is not touched, and a step's update starts when the one before it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from horizon.errors import HorizonError
+from horizon.optim.adamw import AdamW, Array, StepScalars, Update, UpdateArrays, step_scalars, update_torch
+from horizon.optim.chunks import Chunk, cut_chunks
+from horizon.plan.layout import PARAM_ALIGN, BlockLayout
+from horizon.store.ledger import Ledger
+
+CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStates:
+    """The host arrays of one block, its trainable prefix each or more; kinds as in `horizon.optim.adamw`."""
+
+    weights: Array
+    residual: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    grads: Array
+
+    @classmethod
+    def of_tensors(
+        cls, weights: Tensor, residual: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor
+    ) -> UpdateStates:
+        """Views of flat CPU tensors: bfloat16, int16, float32, float32, and bfloat16 or float32."""
+        return cls(*(_as_array(tensor) for tensor in (weights, residual, exp_avg, exp_avg_sq, grads)))
+
+    def arrays(self) -> UpdateArrays:
+        """The arrays in the order that an update takes them."""
+        return self.weights, self.residual, self.exp_avg, self.exp_avg_sq, self.grads
+
+    def check(self, num_trainable: int) -> None:
+        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look."""
+        kinds = ((np.uint16,), (np.uint16,), (np.float32,), (np.float32,), (np.uint16, np.float32))
+        for name, array, kind in zip(self.__slots__, self.arrays(), kinds, strict=True):
+            flat = array.ndim == 1 and array.flags.c_contiguous
+            if not flat or array.dtype not in kind or array.size < num_trainable:
+                expected = " or ".join(k.__name__ for k in kind)
+                raise RuntimeError(
+                    f"state {name} is {array.dtype} {list(array.shape)} ({'flat' if flat else 'not flat'}); "
+                    f"expected a flat {expected} array of at least {num_trainable} elements"
+                )
+
+
+def _as_array(tensor: Tensor) -> Array:
+    """A numpy view; 16-bit kinds as uint16 bits."""
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.itemsize == 2 else tensor.numpy()
+
+
+@dataclass(slots=True)
+class _BlockUpdate:
+    """One block's update at one step, while it is queued or under way."""
+
+    layout: BlockLayout
+    chunks: tuple[Chunk, ...]
+    step: int
+    decayed: StepScalars
+    undecayed: StepScalars
+    arrays: UpdateArrays | None = None  # asked for when the first chunk is taken
+    num_taken: int = 0
+    num_done: int = 0
+
+
+class Updater:
+    """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
+
+    A worker calls `states(block index)` when the block's turn comes, once per block and step, and owns the arrays
+    until it calls `release(block index)`, just before the new version is published. A failure is recorded in `ledger`
+    naming the block, after which no further chunk is begun. Close the updater before freeing an array it may use.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        states: Callable[[int], UpdateStates],
+        ledger: Ledger,
+        adamw: AdamW,
+        num_threads: int,
+        release: Callable[[int], None],
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
+            raise RuntimeError(
+                f"an updater needs num_threads >= 1 and chunk_elements a multiple of {PARAM_ALIGN}, "
+                f"got {num_threads} and {chunk_elements}"
+            )
+        chunks = {layout.index: tuple(cut_chunks(layout, chunk_elements)) for layout in layouts}
+        self._blocks = {layout.index: (layout, chunks[layout.index]) for layout in layouts if chunks[layout.index]}
+        self._frozen = [layout.index for layout in layouts if not chunks[layout.index]]
+        self._states = states
+        self._release = release
+        self._ledger = ledger
+        self._adamw = adamw
+        self._num_threads = num_threads
+        self._update = load_update()
+        self._threads: list[threading.Thread] = []
+        self._opening = threading.Lock()  # held while asking for a block's states
+        self._wake = threading.Condition()  # guards everything below
+        self._queue: deque[_BlockUpdate] = deque()  # blocks with chunks left to take, in order
+        self._submitted = dict.fromkeys(self._blocks, 0)  # the last step of each block
+        self._step_under_way = 0  # of the chunk taken last
+        self._num_under_way = 0  # chunks taken and not finished
+        self._closed = False
+
+    def submit(self, step: int, lr: float, grad_scale: float) -> None:
+        """Queue the update of all blocks, in order, for `step` (from 1, growing) and return at once.
+
+        Raises:
+            NonFiniteError: `lr` or `grad_scale` is not finite; nothing is queued.
+            RuntimeError: the updater is closed, or was given `step` before.
+        """
+        self._enqueue(list(self._blocks), step, lr, grad_scale)
+
+    def submit_block(self, block: int, step: int, lr: float) -> None:
+        """Queue the update of one block that has something to train, its gradients not clipped; raises as `submit`.
+
+        The first block of a step also publishes the blocks that have nothing to train.
+        """
+        self._enqueue([block], step, lr, 1.0)
+
+    def _enqueue(self, blocks: Sequence[int], step: int, lr: float, grad_scale: float) -> None:
+        self._ledger.raise_if_failed()
+        decayed, undecayed = (step_scalars(self._adamw, lr, step, grad_scale, decay) for decay in (True, False))
+        with self._wake:
+            self._check_new(blocks, step)
+            for block in blocks:
+                self._submitted[block] = step
+                self._queue.append(_BlockUpdate(*self._blocks[block], step, decayed, undecayed))
+            for block in self._frozen:
+                if self._ledger.version(block) < step:
+                    self._ledger.publish(block, step)
+            self._start_threads()
+            self._wake.notify_all()
+
+    def _check_new(self, blocks: Sequence[int], step: int) -> None:
+        if self._closed:
+            raise RuntimeError(f"cannot submit step {step}: the updater is closed")
+        for block in blocks:
+            if step <= self._submitted[block]:
+                raise RuntimeError(
+                    f"cannot submit step {step} of block {block}: it was given step {self._submitted[block]} before"
+                )
+
+    def wait(self) -> None:
+        """Return when every submitted update is published; raise the ledger's failure, at once, if there is one."""
+        self._ledger.raise_if_failed()
+        for block, step in self._submitted.items():
+            self._ledger.wait(block, step)
+
+    def close(self) -> None:
+        """Stop the threads after the chunks they are at; may be called again.
+
+        Updates not finished by then are given up and recorded as a failure, so that nobody waits for them.
+        """
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        if self._queue or self._num_under_way:
+            self._ledger.fail(HorizonError("the updater was closed before every submitted update was applied"))
+            self._queue.clear()
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self._num_threads:
+            name = f"horizon-update-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _work(self) -> None:
+        """Take chunks and apply them until closed or failed; the body of each thread."""
+        while (taken := self._take()) is not None:
+            block, chunk = taken
+            try:
+                self._apply(block, chunk)
+                self._finish(block)
+            except BaseException as error:  # whatever it is, those who wait must hear of it
+                self._fail(block, error)
+
+    def _take(self) -> tuple[_BlockUpdate, Chunk] | None:
+        """The next chunk of the earliest block that has one, once there is one; None when it is time to stop."""
+        with self._wake:
+            while not (self._closed or self._ledger.failed):
+                # chunks of an earlier step may still be under way on the same arrays
+                if self._queue and (self._queue[0].step == self._step_under_way or self._num_under_way == 0):
+                    block = self._queue[0]
+                    chunk = block.chunks[block.num_taken]
+                    block.num_taken += 1
+                    if block.num_taken == len(block.chunks):
+                        self._queue.popleft()
+                    self._step_under_way = block.step
+                    self._num_under_way += 1
+                    return block, chunk
+                self._wake.wait()
+            return None
+
+    def _apply(self, block: _BlockUpdate, chunk: Chunk) -> None:
+        arrays = block.arrays or self._open(block)
+        scalars = block.decayed if chunk.decay else block.undecayed
+        weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
+        self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
+
+    def _open(self, block: _BlockUpdate) -> UpdateArrays:
+        with self._opening:
+            if block.arrays is None:
+                states = self._states(block.layout.index)
+                states.check(block.layout.num_trainable)
+                block.arrays = states.arrays()
+            return block.arrays
+
+    def _finish(self, block: _BlockUpdate) -> None:
+        with self._wake:
+            self._num_under_way -= 1
+            block.num_done += 1
+            if block.num_done == len(block.chunks):
+                self._release(block.layout.index)
+                self._ledger.publish(block.layout.index, block.step)
+            if self._queue and self._num_under_way == 0:
+                self._wake.notify_all()
+
+    def _fail(self, block: _BlockUpdate, error: BaseException) -> None:
+        failure = HorizonError(
+            f"the update of block {block.layout.index} ({block.layout.name}) at step {block.step} failed: {error!r}"
+        )
+        failure.__cause__ = error
+        self._ledger.fail(failure)
+        with self._wake:
+            self._wake.notify_all()
+
+
+def load_update() -> Update:
+    """The numba kernel, or plain torch with one warning in the log where numba cannot be imported."""
+    try:
+        from horizon.optim.kernel import update_numba
+    except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
+        log.warning("numba is not available (%s): AdamW runs as plain torch operations, several times slower", error)
+        return update_torch
+    return update_numba

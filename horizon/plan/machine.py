@@ -1,0 +1,81 @@
+"""What this machine has to give: host memory under cgroup limits, device memory, this process's own use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from horizon.config.schema import MemoryConfig
+from horizon.errors import ConfigError
+from horizon.plan.memory import Limits
+from horizon.units import GIB, parse_bytes
+
+DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device meant by `auto`, `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device; expected auto, cpu, cuda or cuda:<index>") from error
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if device.type != "cuda" or index >= count:
+        raise ConfigError(f"device={name!r} is not available here: {count} CUDA devices; use device=cpu or auto")
+    return torch.device("cuda", index)
+
+
+def process_bytes() -> int:
+    """Resident host memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_host_bytes() -> int:
+    """Host memory this process may still take, the tighter of the system's and its cgroup's."""
+    return min(int(psutil.virtual_memory().available), _cgroup_room())
+
+
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes below the cgroup's limit; huge without a limit."""
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = (root / limit_file).read_text().strip(), (root / used_file).read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            return max(0, int(limit) - int(used))
+    return 1 << 62
+
+
+def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
+    """Budgets in bytes; `auto` is what is available now, this process's own use included."""
+    available = available_host_bytes() + process_bytes()
+    host = available if memory.host_budget == "auto" else parse_bytes(memory.host_budget, "memory.host_budget")
+    if memory.device_budget != "auto":
+        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"))
+    if device.type == "cpu":
+        return Limits(host, available)
+    free, total = torch.cuda.mem_get_info(device)
+    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN)
+
+
+def context_bytes(device: torch.device) -> int:
+    """Device memory that this process holds outside of torch's allocator: the CUDA context; 0 on CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))

@@ -1,0 +1,55 @@
+"""What a person sees while steps run: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm
+
+from horizon.records import StepRow
+from horizon.units import format_bytes
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def describe_step(row: StepRow) -> str:
+    """The numbers of one step, short enough for a terminal's width."""
+    skipped = " SKIPPED" if row.skipped else ""
+    return (
+        f"loss {row.loss:.4f} {_short(row.tokens_per_s)} tok/s host {format_bytes(row.host_bytes)} "
+        f"device {format_bytes(row.device_bytes)} lr {row.lr:.2e} grad {row.grad_norm:.3g}{skipped}"
+    )
+
+
+class StepDisplay:
+    """Shows each step on `stream` (default: stderr); a context manager that leaves the last state standing."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._stream = sys.stderr if stream is None else stream
+        self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, file=self._stream, disable=None)
+        self._last_line = -SECONDS_BETWEEN_LINES
+
+    def show(self, row: StepRow) -> None:
+        """Update the bar, or print a line when the first, the last, or the next one is due."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(describe_step(row), refresh=False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if row.step in (1, self._num_steps) or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(f"step {row.step}/{self._num_steps} {describe_step(row)}", file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.3g}k" if number >= 1000 else f"{number:.3g}"

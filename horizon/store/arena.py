@@ -1,0 +1,110 @@
+"""Host memory for states: anonymous huge-page mappings, touched in parallel, registered with CUDA in pieces.
+
+Never per-tensor pinning: torch's pinned allocator rounds each request up to a power of two. A region never
+straddles two mappings, so one copy never straddles two registrations. Order of release matters: memory that
+is unmapped while still registered makes a later, unrelated registration fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from horizon.errors import BudgetError
+from horizon.units import GIB, MIB, align_up, format_bytes
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE = 2 * MIB
+PIECE = 16 * GIB  # largest single registration
+REGION_ALIGN = 4096
+
+
+class Arena:
+    """Regions of host memory that live and die together.
+
+    Args:
+        sizes: bytes of each region; zero is allowed.
+        purpose: named in errors.
+        pin: register with CUDA, so that copies to and from the device are asynchronous.
+
+    Raises:
+        BudgetError: the operating system refuses the memory.
+    """
+
+    def __init__(self, sizes: Sequence[int], purpose: str, pin: bool):
+        self._mappings: list[mmap.mmap] = []
+        self._registered: list[int] = []
+        self._views: list[Tensor] = []
+        self.pinned = pin
+        try:
+            for piece in _pieces([align_up(size, REGION_ALIGN) for size in sizes]):
+                self._views += self._map(piece, purpose)
+        except BaseException:
+            self.close()
+            raise
+        self.regions: list[Tensor] = [view[:size] for view, size in zip(self._views, sizes, strict=True)]
+        self.num_bytes = sum(len(m) for m in self._mappings)
+
+    def _map(self, sizes: list[int], purpose: str) -> list[Tensor]:
+        num_bytes = align_up(max(sum(sizes), 1), HUGE_PAGE if sum(sizes) >= HUGE_PAGE else REGION_ALIGN)
+        try:
+            mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise BudgetError(
+                f"the system refuses {format_bytes(num_bytes)} of host memory for {purpose} ({error.strerror}); "
+                "use a smaller model or free memory"
+            ) from error
+        self._mappings.append(mapping)
+        if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= HUGE_PAGE:
+            try:
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                logger.debug("huge pages are not available for %s", purpose)
+        flat = torch.frombuffer(mapping, dtype=torch.uint8)
+        if self.pinned:
+            flat.zero_()  # first touch by all cores; registration alone would fault pages in on one
+            self._register(flat, purpose)
+        return list(flat[: sum(sizes)].split(sizes))
+
+    def _register(self, flat: Tensor, purpose: str) -> None:
+        status = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 1)  # 1: portable
+        if int(status) != 0:
+            raise BudgetError(
+                f"CUDA refuses to register {format_bytes(flat.numel())} of host memory for {purpose} (status "
+                f"{int(status)}); raise the locked-memory limit (ulimit -l) or the container's memory limit"
+            )
+        self._registered.append(flat.data_ptr())
+
+    def close(self) -> None:
+        """Unregister and unmap. Idempotent; views must no longer be used."""
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
+        self.regions, self._views = [], []
+        for mapping in self._mappings:
+            _release(mapping)
+        self._mappings.clear()
+
+
+def _pieces(sizes: list[int]) -> list[list[int]]:
+    """Consecutive regions grouped so that each group stays below `PIECE` bytes where it can."""
+    pieces: list[list[int]] = []
+    for size in sizes:
+        if pieces and sum(pieces[-1]) + size <= PIECE:
+            pieces[-1].append(size)
+        else:
+            pieces.append([size])
+    return pieces
+
+
+def _release(mapping: mmap.mmap) -> None:
+    try:
+        mapping.close()
+    except BufferError:
+        # A view is still alive somewhere: give the pages back now, the address range when it dies.
+        mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,95 @@
+"""The host store: every parameter and optimizer state of the model, flat per block, in DRAM.
+
+One arena per state kind. `weights` (bf16, the high half of the fp32 master) is what streams to the device;
+`residual` is the low half; `exp_avg` and `exp_avg_sq` exist for trainable parameters only. Nothing is held twice:
+a parameter is read or written through the layout, by its Hugging Face name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from horizon.errors import CheckpointError
+from horizon.plan.layout import BlockLayout, Param
+from horizon.store.arena import Arena
+from horizon.store.ledger import Ledger
+from horizon.store.split import join_master, split_master
+
+BYTES_PER_ELEMENT = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
+
+
+class HostStore:
+    """States of all blocks; index with the block number.
+
+    Attributes:
+        weights: bf16 [num_elements] per block.
+        residual: int16 [num_elements] per block.
+        exp_avg, exp_avg_sq: fp32 [num_trainable] per block.
+        ledger: how many optimizer steps the weights of each block have seen.
+    """
+
+    def __init__(self, layouts: Sequence[BlockLayout], pin: bool, pin_residual: bool):
+        self.layouts = tuple(layouts)
+        self.ledger = Ledger(len(self.layouts))
+        owned = [lay.num_elements for lay in self.layouts]
+        trainable = [lay.num_trainable for lay in self.layouts]
+        self._arenas: dict[str, Arena] = {}
+        try:
+            # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
+            self.weights = self._allocate("weights", owned, torch.bfloat16, pin)
+            self.residual = self._allocate("residual", owned, torch.int16, pin and pin_residual)
+            self.exp_avg = self._allocate("exp_avg", trainable, torch.float32, False)
+            self.exp_avg_sq = self._allocate("exp_avg_sq", trainable, torch.float32, False)
+        except BaseException:
+            self.close()
+            raise
+        self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
+
+    def _allocate(self, kind: str, numels: Sequence[int], dtype: torch.dtype, pin: bool) -> list[Tensor]:
+        arena = Arena([n * BYTES_PER_ELEMENT[kind] for n in numels], kind, pin)
+        self._arenas[kind] = arena
+        return [region.view(dtype) for region in arena.regions]
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes held per state kind."""
+        return {kind: arena.num_bytes for kind, arena in self._arenas.items()}
+
+    def place(self, name: str) -> tuple[int, Param]:
+        """(block, parameter) of a Hugging Face name.
+
+        Raises:
+            CheckpointError: the model has no such parameter.
+        """
+        try:
+            return self._places[name]
+        except KeyError:
+            raise CheckpointError(f"the model has no parameter {name!r}") from None
+
+    def names(self) -> Iterator[str]:
+        """Hugging Face names, in block order."""
+        return iter(self._places)
+
+    def write_master(self, name: str, value: Tensor) -> None:
+        """Set a parameter from a tensor of any float dtype on any device, exactly."""
+        block, param = self.place(name)
+        if tuple(value.shape) != param.spec.shape:
+            raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
+        high, low = split_master(value.detach().reshape(-1).float())
+        self.weights[block][param.offset : param.end].copy_(high)
+        self.residual[block][param.offset : param.end].copy_(low)
+
+    def read_master(self, name: str) -> Tensor:
+        """A parameter's exact fp32 value, a new CPU tensor of its shape."""
+        block, param = self.place(name)
+        span = slice(param.offset, param.end)
+        return join_master(self.weights[block][span], self.residual[block][span]).view(param.spec.shape)
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent."""
+        self.weights, self.residual, self.exp_avg, self.exp_avg_sq = [], [], [], []
+        for arena in self._arenas.values():
+            arena.close()

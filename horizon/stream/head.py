@@ -1,0 +1,114 @@
+"""The head's loss: logits in token chunks, each chunk's backward at once, so all logits never exist together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from horizon.errors import BatchError
+from horizon.models.blocks import BlockModel
+from horizon.stream.batch import IGNORED, MicroBatch
+
+LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # (logits [B, T, V], batch) -> scalar
+
+
+def chunk_tokens(vocab_size: int, chunk_bytes: int) -> int:
+    """Tokens whose fp32 logits take about `chunk_bytes`; at least 64."""
+    return max(64, chunk_bytes // (4 * vocab_size))
+
+
+def chunks(hidden: Tensor, targets: Tensor, num_tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(span of flattened tokens, hidden states, targets) in pieces of at most `num_tokens` tokens."""
+    total = targets.numel()
+    if total <= num_tokens:
+        yield slice(0, total), hidden, targets
+        return
+    flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
+    for start in range(0, total, num_tokens):
+        span = slice(start, min(start + num_tokens, total))
+        yield span, flat_hidden[span].unsqueeze(0), flat_targets[span]
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed next-token cross-entropy in fp32; targets are already shifted, IGNORED ones count nothing."""
+    return F.cross_entropy(
+        logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def custom_loss(loss_fn: LossFn, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """The user's loss of one micro-batch.
+
+    Raises:
+        BatchError: it returned something that is no scalar tensor.
+    """
+    loss: Any = loss_fn(logits, micro_batch.batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BatchError(f"loss_fn must return a scalar tensor, got {found}")
+    return loss.reshape(())
+
+
+class HeadLoss:
+    """Loss and gradients of the head block.
+
+    Args:
+        chunk: tokens whose logits exist at once; not used by custom losses, which need all of a micro-batch's.
+    """
+
+    def __init__(self, model: BlockModel, chunk: int):
+        self._model, self._chunk = model, chunk
+        self._trainable = [name for name, _, _ in model.layouts[model.head].grad_ranges()]
+
+    def backward(
+        self,
+        params: Mapping[str, Tensor],
+        hidden: Tensor,
+        batch: MicroBatch,
+        divisor: float,
+        add: Callable[[Mapping[str, Tensor | None]], None],
+        loss_fn: LossFn | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-batch's loss divided by `divisor`, and its gradient.
+
+        Args:
+            params: the head block's parameters.
+            hidden: [B, T, H], the last layer's output.
+            divisor: of the summed cross-entropy, or of the custom loss.
+            add: takes the parameter gradients, chunk by chunk.
+
+        Returns:
+            the divided loss (fp32 scalar) and its gradient with respect to `hidden`.
+        """
+        grad_hidden = torch.empty_like(hidden)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        size = self._chunk if loss_fn is None else batch.targets.numel()
+        for span, states, targets in chunks(hidden, batch.targets, size):
+            leaf = states.detach().requires_grad_()
+            leaves = {n: params[n].detach().requires_grad_(n in self._trainable) for n in params}
+            with torch.enable_grad():
+                logits = self._model.logits(leaves, leaf)
+                part = cross_entropy_sum(logits, targets) if loss_fn is None else custom_loss(loss_fn, logits, batch)
+                part = part / divisor
+            del logits
+            wanted = [leaf, *(leaves[n] for n in self._trainable)]
+            grads = torch.autograd.grad(part, wanted, allow_unused=True)
+            add(dict(zip(self._trainable, grads[1:], strict=True)))
+            grad_hidden.view(-1, hidden.shape[-1])[span].copy_(grads[0].view(-1, hidden.shape[-1]))
+            loss += part.detach()
+        return loss, grad_hidden
+
+    def loss(
+        self, params: Mapping[str, Tensor], hidden: Tensor, batch: MicroBatch, loss_fn: LossFn | None = None
+    ) -> Tensor:
+        """The summed cross-entropy (or the custom loss) of one micro-batch, without gradients."""
+        if loss_fn is not None:
+            return custom_loss(loss_fn, self._model.logits(params, hidden), batch).float()
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for _, states, targets in chunks(hidden, batch.targets, self._chunk):
+            total += cross_entropy_sum(self._model.logits(params, states), targets)
+        return total

@@ -1,0 +1,198 @@
+"""Device slots that blocks' weights stream through.
+
+A slot moves through one cycle, and only `Slot.to` may move it:
+
+    EMPTY -> LOADING -> READY -> IN_USE -> READY -> (LOADING another block ...)
+
+A released block stays readable until its slot is loaded again, so the turn-around of a step (the last blocks of
+the forward are the first of the backward) costs no second transfer. `loaded` is recorded on the fetch stream when
+the bytes have landed and compute waits for it; `released` is recorded on the compute stream after the last kernel
+that reads them and fetch waits for it before overwriting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from horizon.models.blocks import block_parameters
+from horizon.store.host import HostStore
+from horizon.store.split import join_master
+from horizon.stream.streams import Streams
+
+
+class SlotState(Enum):
+    """Where one slot is in its cycle."""
+
+    EMPTY = auto()  # holds no block
+    LOADING = auto()  # copies issued on the fetch stream
+    READY = auto()  # holds a block nobody is reading; compute may acquire it, a load may replace it
+    IN_USE = auto()  # kernels that read the block are being issued
+
+
+_NEXT = {
+    SlotState.EMPTY: {SlotState.LOADING},
+    SlotState.LOADING: {SlotState.READY},
+    SlotState.READY: {SlotState.IN_USE, SlotState.LOADING},
+    SlotState.IN_USE: {SlotState.READY},
+}
+
+
+@dataclass(slots=True)
+class Slot:
+    """One buffer and what it holds."""
+
+    index: int
+    flat: Tensor  # [largest block's slot elements], the dtype blocks compute in
+    halves: tuple[Tensor, Tensor] | None  # staging for both halves of the master when computing in fp32
+    state: SlotState = SlotState.EMPTY
+    block: int | None = None
+    version: int = -1
+    loaded: Any = None
+    released: Any = None
+    params: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # views, made once per block
+
+    def to(self, state: SlotState) -> None:
+        """Move to `state`, or raise naming slot, block and both states."""
+        if state not in _NEXT[self.state]:
+            expected = " or ".join(sorted(s.name for s in _NEXT[self.state]))
+            raise RuntimeError(
+                f"slot {self.index} (block {self.block}) cannot go from {self.state.name} to {state.name}; "
+                f"expected {expected}"
+            )
+        self.state = state
+
+
+class WeightSlots:
+    """Walks a given sequence of block visits, loading ahead as far as the slots reach.
+
+    Args:
+        num_slots: 1 serialises copies and kernels; each further slot loads one block further ahead and costs the
+            largest block's bytes on the device.
+        dtype: bfloat16 loads the high halves; float32 loads both halves and joins them.
+    """
+
+    def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
+        self._streams, self._store = streams, store
+        size = max(lay.num_slot_elements for lay in store.layouts)
+        self._slots = [self._new_slot(i, size, dtype) for i in range(num_slots)]
+        self._visits: Sequence[int] = ()
+        self._version = 0
+        self._next = 0  # visit to acquire next
+        self._ahead = 0  # first visit not loaded yet
+        self._current: Slot | None = None
+
+    def _new_slot(self, index: int, size: int, dtype: torch.dtype) -> Slot:
+        flat = self._streams.empty(size, dtype=dtype)
+        if dtype is torch.bfloat16:
+            return Slot(index, flat, None)
+        halves = self._streams.empty(size, dtype=torch.bfloat16), self._streams.empty(size, dtype=torch.int16)
+        return Slot(index, flat, halves)
+
+    def begin(self, visits: Sequence[int], version: int) -> None:
+        """Start a walk over `visits` (block numbers) that needs the blocks' weights at `version`."""
+        if self._current is not None:
+            raise RuntimeError(f"a walk begins while block {self._current.block} is in use")
+        self._visits, self._version = visits, version
+        self._next = self._ahead = 0
+        self.prefetch()
+
+    def reset(self) -> None:
+        """Forget everything after a failed step; the buffers stay."""
+        for slot in self._slots:
+            slot.state, slot.block, slot.version = SlotState.EMPTY, None, -1
+        self._visits, self._current = (), None
+
+    def prefetch(self, wait: bool = False) -> None:
+        """Issue loads for coming visits while a slot is free and the weights are up to date.
+
+        Args:
+            wait: if the very next visit's weights are still being updated, wait for them.
+        """
+        while self._ahead < len(self._visits):
+            block = self._visits[self._ahead]
+            if self._holding(block) is None:
+                slot = self._victim()
+                if slot is None or not self._up_to_date(block, wait and self._ahead == self._next):
+                    return
+                self._load(slot, block)
+            self._ahead += 1
+
+    def acquire(self) -> tuple[int, dict[str, Tensor]]:
+        """The next visit's block number and its parameters, readable by compute until `release`."""
+        if self._ahead <= self._next:
+            self.prefetch(wait=True)
+        block = self._visits[self._next]
+        slot = self._holding(block)
+        if slot is None:
+            raise RuntimeError(f"block {block} was not loaded although it is the next visit")
+        self._streams.compute.wait_event(slot.loaded)
+        slot.to(SlotState.IN_USE)
+        self._current = slot
+        self._next += 1
+        return block, slot.params[block]
+
+    def release(self) -> None:
+        """All kernels reading the acquired block have been issued."""
+        slot = self._current
+        assert slot is not None
+        slot.released = self._streams.compute.record_event()
+        slot.to(SlotState.READY)
+        self._current = None
+        self.prefetch()
+
+    def _holding(self, block: int) -> Slot | None:
+        return next((s for s in self._slots if s.block == block and s.version == self._version), None)
+
+    def _victim(self) -> Slot | None:
+        """The slot whose block is needed last, among those not in use and not already loaded for a coming visit."""
+        waiting = self._visits[self._next : self._ahead]
+        idle = [
+            s
+            for s in self._slots
+            if s.state is not SlotState.IN_USE and not (s.version == self._version and s.block in waiting)
+        ]
+        return max(idle, key=self._next_use, default=None)
+
+    def _next_use(self, slot: Slot) -> int:
+        if slot.block is None or slot.version != self._version or slot.block not in self._visits[self._ahead :]:
+            return len(self._visits)
+        return self._visits.index(slot.block, self._ahead)
+
+    def _up_to_date(self, block: int, wait: bool) -> bool:
+        ledger = self._store.ledger
+        if wait:
+            ledger.wait(block, self._version)
+        return ledger.version(block) >= self._version
+
+    def _load(self, slot: Slot, block: int) -> None:
+        slot.to(SlotState.LOADING)
+        fetch = self._streams.fetch
+        if slot.released is not None:  # kernels of the previous block may still be reading
+            fetch.wait_event(slot.released)
+        slot.block, slot.version = block, self._version
+        size = self._store.layouts[block].num_slot_elements
+        if slot.halves is None:
+            self._copy_block(self._store.weights, block, slot.flat)
+        else:
+            high, low = slot.halves
+            self._copy_block(self._store.weights, block, high)
+            self._copy_block(self._store.residual, block, low)
+            with self._streams.running(fetch):
+                join_master(high[:size], low[:size], out=slot.flat[:size])
+        slot.loaded = fetch.record_event()
+        slot.to(SlotState.READY)
+        if block not in slot.params:
+            slot.params[block] = block_parameters(self._store.layouts[block], slot.flat)
+
+    def _copy_block(self, state: Sequence[Tensor], block: int, target: Tensor) -> None:
+        layout = self._store.layouts[block]
+        self._streams.copy(self._streams.fetch, target[: layout.num_elements], state[block])
+        for b in layout.borrowed:
+            source = state[b.owner][b.param.offset : b.param.end]
+            self._streams.copy(self._streams.fetch, target[b.offset : b.end], source)

@@ -1,0 +1,84 @@
+"""Streams and events by role, and the stand-in that runs the same executor without a GPU.
+
+On a GPU three streams overlap: `compute` runs kernels, `fetch` brings bytes to the device ahead of them, `drain`
+takes bytes away behind them. On CPU every call completes before it returns, so streams and events have nothing
+to order; the executor's code is the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the point has been reached."""
+
+
+class Stream(Protocol):
+    """An ordered queue of device work."""
+
+    def wait_event(self, event: Any) -> None:
+        """Later work on this stream starts after `event`."""
+
+    def record_event(self) -> Any:
+        """An event after all work queued so far."""
+
+
+class DoneEvent:
+    """An event on a device that works synchronously: always in the past."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostStream:
+    """A stream whose work is done when the call returns."""
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def record_event(self) -> DoneEvent:
+        return DoneEvent()
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The streams of one device, by role."""
+
+    device: torch.device
+    compute: Stream  # kernels
+    fetch: Stream  # host -> device, overlaps compute
+    drain: Stream  # device -> host, overlaps compute and fetch
+
+    @classmethod
+    def on(cls, device: torch.device) -> Streams:
+        """Streams for `device`; compute is the device's current stream, so that user code stays ordered with it."""
+        if device.type != "cuda":
+            return cls(device, HostStream(), HostStream(), HostStream())
+        return cls(device, torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device))
+
+    def running(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Kernels and copies issued while open go to `stream`."""
+        return torch.cuda.stream(stream) if isinstance(stream, torch.cuda.Stream) else nullcontext()
+
+    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
+        """Copy between host and device on `stream`, without waiting for it."""
+        with self.running(stream):
+            target.copy_(source, non_blocking=True)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised device memory."""
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+    def synchronize(self) -> None:
+        """Wait for all work; used at step boundaries and on failure only."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

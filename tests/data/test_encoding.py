@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+from tokenizers import processors
+
+from horizon.data.documents import Document
+from horizon.data.encoding import encode
+from horizon.data.tokenizer import byte_tokenizer
+
+
+def documents(*texts):
+    return [Document(f"f{n}", text) for n, text in enumerate(texts)]
+
+
+def test_each_text_ends_with_the_end_of_text(small_tokenizer):
+    tokens = encode(small_tokenizer, documents("def add", "left"))
+    eos = small_tokenizer.eos_token_id
+    expected = [[*small_tokenizer(text)["input_ids"], eos] for text in ("def add", "left")]
+    assert tokens.ids.tolist() == expected[0] + expected[1]
+    assert tokens.lengths.tolist() == [len(part) for part in expected]
+    assert tokens.starts.tolist() == [0, len(expected[0])]
+    assert tokens.trained.all() and tokens.ids.dtype == np.int32
+
+
+def test_a_token_that_the_tokenizer_puts_in_front_stays_even_when_it_is_the_end_of_text():
+    tokenizer = byte_tokenizer()
+    eos = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", eos)]
+    )
+    assert encode(tokenizer, documents("a")).ids.tolist() == [eos, *tokenizer("a")["input_ids"][1:], eos]
+
+
+def test_a_tokenizer_without_an_end_adds_none():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    assert len(encode(tokenizer, documents("abc")).ids) == 3
+
+
+@pytest.mark.parametrize("batch_chars", [1, 7, 1000])
+@pytest.mark.parametrize("piece_chars", [3, 1000])
+def test_neither_batches_nor_pieces_lose_or_reorder_text(monkeypatch, batch_chars, piece_chars):
+    texts = ["one\ntwo\nthree", "a", "no line end in this long text", "é😀\n" * 5]
+    whole = encode(byte_tokenizer(), documents(*texts))
+    monkeypatch.setattr("horizon.data.encoding._BATCH_CHARS", batch_chars)
+    monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", piece_chars)
+    parts = encode(byte_tokenizer(), documents(*texts))
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.lengths.tolist() == whole.lengths.tolist() == [len(text.encode()) + 1 for text in texts]
+
+
+def test_tokens_that_begin_in_a_span_are_trained():
+    text = "abc def ghi"
+    tokens = encode(byte_tokenizer(), [Document("f", text, ((1, 3), (3, 5), (9, 11)))])
+    assert [text[n] for n in np.flatnonzero(tokens.trained)] == ["b", "c", " ", "d", "h", "i"]
+    assert len(tokens.ids) == len(text)

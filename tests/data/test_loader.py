@@ -1,0 +1,79 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from horizon.data.encoding import Tokens
+from horizon.data.loader import Loader
+from horizon.data.rows import pack
+from horizon.errors import ConfigError
+
+
+def make_rows(num_rows, last=4):
+    """Rows of 4 tokens; row n begins with token 4 n. The last row has `last` real tokens."""
+    num_tokens = 4 * (num_rows - 1) + last
+    ids = np.arange(num_tokens, dtype=np.int32)
+    return pack(Tokens(ids, np.ones(num_tokens, bool), np.array([num_tokens])), seq_len=4, pad_id=0)
+
+
+def row_numbers(step):
+    return [int(first) // 4 for micro_batch in step for first in micro_batch["input_ids"][:, 0]]
+
+
+@given(num_rows=st.integers(1, 13), batch_size=st.integers(1, 9), seed=st.integers(0, 3))
+def test_every_epoch_takes_every_row_once_and_steps_wrap(num_rows, batch_size, seed):
+    loader = Loader(make_rows(num_rows), batch_size, 2, seed)
+    taken = [number for _ in range(num_rows * 2) for number in row_numbers(loader.next_step())]
+    assert len(taken) == 2 * num_rows * batch_size
+    epochs = [taken[start : start + num_rows] for start in range(0, len(taken), num_rows)]
+    assert all(sorted(epoch) == list(range(num_rows)) for epoch in epochs)
+    assert (loader.epoch, loader.position) == (2 * batch_size, 0)
+
+
+@given(num_rows=st.integers(1, 13), batch_size=st.integers(1, 9), before=st.integers(0, 6))
+def test_a_loader_made_with_anothers_state_goes_on_where_that_one_is(num_rows, batch_size, before):
+    rows = make_rows(num_rows)
+    loader = Loader(rows, batch_size, 3, seed=5)
+    for _ in range(before):
+        loader.next_step()
+    resumed = Loader(rows, batch_size, 3, seed=5, epoch=loader.epoch, position=loader.position)
+    for _ in range(3):
+        assert row_numbers(resumed.next_step()) == row_numbers(loader.next_step())
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        return row_numbers(Loader(make_rows(50), 50, 50, seed, epoch=epoch).next_step())
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != order(0, 1)
+
+
+def test_without_shuffle_rows_come_in_order():
+    loader = Loader(make_rows(5), 3, 3, seed=0, shuffle=False)
+    assert [row_numbers(loader.next_step()) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+
+
+def test_a_step_is_cut_into_micro_batches():
+    step = Loader(make_rows(20), 8, 3, seed=0).next_step()
+    assert [len(micro_batch["input_ids"]) for micro_batch in step] == [3, 3, 2]
+    assert max(Counter(row_numbers(step)).values()) == 1
+
+
+def test_padding_is_not_counted():
+    loader = Loader(make_rows(3, last=2), 2, 2, seed=0, shuffle=False)
+    assert loader.tokens_per_epoch == 10
+    counts = []
+    for _ in range(3):
+        loader.next_step()
+        counts.append(loader.step_tokens)
+    assert counts == [8, 6, 6]  # rows (0, 1), (2, 0), (1, 2)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch", "key"), [(0, 1, "batch_size=0"), (4, 0, "micro_batch=0")])
+def test_sizes_that_are_not_positive_are_named(batch_size, micro_batch, key):
+    with pytest.raises(ConfigError, match=f"train.{key} must be at least 1"):
+        Loader(make_rows(3), batch_size, micro_batch, seed=0)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from horizon.errors import ConfigError, NonFiniteError
+from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.3, 1.0, 7.7, 1e4])
+@pytest.mark.parametrize("seed", range(5))
+def test_norm_and_clipped_gradients_equal_torchs_bit_for_bit(seed, max_norm):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.zeros(17, 1 + index)) for index in range(150)]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) * 10.0**-seed
+    grads = [param.grad.clone() for param in params]
+    norm = global_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    assert norm.dtype == torch.float32
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(params, max_norm))
+    scale = clip_scale(norm, max_norm)
+    for param, grad in zip(params, grads, strict=True):
+        assert torch.equal(grad * scale, param.grad)
+    assert (scale == 1.0) == (float(norm) < max_norm)
+
+
+def test_without_a_maximum_nothing_is_read_or_scaled():
+    assert clip_scale(torch.tensor(float("nan"), device="meta"), None) == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_refused(value):
+    with pytest.raises(NonFiniteError, match=f"the gradient norm is {value}"):
+        clip_scale(torch.tensor(value), 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_maximum_that_is_not_positive_is_refused(value):
+    with pytest.raises(ConfigError, match=r"max_grad_norm must be > 0.*optim\.max_grad_norm"):
+        check_max_grad_norm(value)
+
+
+def test_a_positive_maximum_or_none_passes():
+    check_max_grad_norm(None)
+    check_max_grad_norm(1.0)

@@ -1,0 +1,137 @@
+"""What keeps the code readable: one direction of imports, short files and functions, an import that costs nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "horizon"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A package imports only from those on its left; what shares a place knows nothing of each other.
+BASE = ("errors", "units", "records")
+FLOW = (
+    ("config",),
+    ("models",),
+    ("plan",),
+    ("store",),
+    ("stream",),
+    ("optim",),
+    ("checkpoint",),
+    ("data", "report"),
+    ("runtime",),
+    ("engine",),
+    ("check",),
+    ("trainer",),
+    ("cli",),
+    ("__main__",),
+)
+BACK = {("engine", "check")}  # an engine has its architecture checked first, which builds engines
+RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_parts(tree: ast.AST) -> set[str]:
+    """The parts of horizon that a module imports, at any depth and for type checking too."""
+    parts = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            module = node.module or ""
+            names = [f"horizon.{alias.name}" for alias in node.names] if module == "horizon" else [module]
+        parts |= {name.split(".")[1] for name in names if name.startswith("horizon.")}
+    return parts - {"__version__"}
+
+
+def wrong_imports(part: str, imported: set[str]) -> set[str]:
+    if part in BASE:
+        return imported - set(BASE)
+    others = {name for name in imported - set(BASE) if name != part and (part, name) not in BACK}
+    return {name for name in others if RANK.get(name, len(FLOW)) >= RANK[part]}
+
+
+def test_the_direction_of_imports_is_told_apart():
+    assert wrong_imports("store", {"plan", "units", "store"}) == set()
+    assert wrong_imports("store", {"stream", "plan"}) == {"stream"}
+    assert wrong_imports("data", {"report"}) == {"report"}
+    assert wrong_imports("units", {"errors", "config"}) == {"config"}
+    assert imported_parts(ast.parse("def f():\n  from horizon.plan.layout import x\n  import horizon.store.arena")) == {
+        "plan",
+        "store",
+    }
+    assert imported_parts(ast.parse("from horizon import trainer, __version__")) == {"trainer"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_the_left(path):
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("the public names come from everywhere, on first use")
+    part = part_of(path)
+    assert part in RANK or part in BASE, f"{part} has no place in FLOW"
+    assert not wrong_imports(part, imported_parts(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_is_short_and_so_are_its_functions(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_bare_except_and_no_pickle(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"line {node.lineno}: bare except"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert not {"pickle", "cloudpickle", "dill", "marshal"} & set(modules), f"line {node.lineno}: pickle"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "load"), f"line {node.lineno}: torch.load unpickles"
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_horizon_is_light():
+    code = (
+        "import sys, time, torch\n"
+        "started = time.perf_counter()\n"
+        "import horizon\n"
+        "print(time.perf_counter() - started)\n"
+        "print(torch.cuda.is_initialized())\n"
+        "print([m for m in ('transformers', 'hydra', 'omegaconf', 'tokenizers', 'numba', 'matplotlib')"
+        " if m in sys.modules])"
+    )
+    seconds, initialized, heavy = python(code).splitlines()
+    assert float(seconds) < 0.3
+    assert initialized == "False"
+    assert heavy == "[]"
+
+
+def test_the_public_names_resolve_and_touch_no_device():
+    code = (
+        "import horizon, torch\n"
+        "assert all(getattr(horizon, name) is not None for name in horizon.__all__)\n"
+        "assert set(horizon.__all__) == set(dir(horizon))\n"
+        "print(horizon.MemoryConfig().weight_slots, horizon.errors.BudgetError.__name__, torch.cuda.is_initialized())"
+    )
+    assert python(code).split() == ["2", "BudgetError", "False"]
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    import horizon
+
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        horizon.Engin  # noqa: B018

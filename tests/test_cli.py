@@ -1,0 +1,193 @@
+"""The command as a user meets it: its own process, exit codes, and what it prints where."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "horizon"]
+
+# Stands in for the trainer: what happens around it is the subject here.
+STUB = """
+import sys
+from types import ModuleType, SimpleNamespace
+from horizon.errors import BudgetError
+
+class Trainer:
+    def __init__(self, config, output_dir):
+        self.config, self.output_dir = config, output_dir
+
+    def run(self):
+        {body}
+        return SimpleNamespace(validation_loss_after=1.0)
+
+sys.modules["horizon.trainer"] = ModuleType("horizon.trainer")
+sys.modules["horizon.trainer"].Trainer = Trainer
+sys.argv[0] = "horizon"
+from horizon.cli import main
+main()
+"""
+
+
+def start(command, folder, **env):
+    """Run `command` in `folder` with this checkout's horizon, installed or not."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path, **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100, env=env)
+
+
+@pytest.fixture
+def horizon(tmp_path):
+    return lambda *arguments, **env: start([*COMMAND, *arguments], tmp_path, **env)
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """Runs the command with a trainer whose `run` is the given statement."""
+    return lambda body, *arguments: start([sys.executable, "-c", STUB.format(body=body), *arguments], tmp_path)
+
+
+def test_help_lists_the_commands_and_version_is_the_packages(horizon):
+    import horizon as package
+
+    assert horizon("--version").stdout == f"horizon {package.__version__}\n"
+    for arguments in (["--help"], []):
+        shown = horizon(*arguments)
+        assert shown.returncode == 0
+        assert "horizon train" in shown.stdout and "horizon check" in shown.stdout
+
+
+def test_an_unknown_command_is_one_line(horizon):
+    done = horizon("trian")
+    assert done.returncode == 1
+    assert done.stderr == "horizon: ConfigError: 'trian' is no command; expected train or check (horizon --help)\n"
+
+
+def test_train_help_shows_groups_settings_and_flags(horizon):
+    shown = horizon("train", "--help").stdout
+    assert "data: messages, python_stdlib, text" in shown
+    assert "batch_size: 8" in shown
+    assert "--config-dir" in shown
+    assert 'eval "$(horizon train -sc install=bash)"' in shown
+
+
+def test_cfg_job_prints_the_settings_with_overrides_and_trains_nothing(horizon, tmp_path):
+    done = horizon("train", "--cfg", "job", "optim.lr=0.5", "data=text")
+    assert done.returncode == 0
+    assert "lr: 0.5" in done.stdout and "format: text" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["-m"]], ids=["run", "cfg", "sweep"])
+def test_a_wrong_key_is_one_line_and_exit_code_1(horizon, flags):
+    done = horizon("train", *flags, "optim.lrr=1")
+    assert done.returncode == 1
+    assert done.stderr == "horizon: ConfigError: optim.lrr is no setting; did you mean optim.lr?\n"
+
+
+def test_a_named_error_of_a_run_is_one_line_and_exit_code_1(stubbed):
+    done = stubbed("raise BudgetError('needs 3 GiB\\n but 2 GiB are there')", "train")
+    assert done.returncode == 1
+    assert done.stderr == "horizon: BudgetError: needs 3 GiB but 2 GiB are there\n"
+
+
+def test_bad_data_is_one_line_and_exit_code_1(horizon):
+    done = horizon("train", "data=text", "data.path=no_such_folder")
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: DataError: ") and "no_such_folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_exception_keeps_its_traceback(stubbed):
+    done = stubbed("raise ZeroDivisionError('deep inside')", "train")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError: deep inside" in done.stderr
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(stubbed):
+    done = stubbed("raise KeyboardInterrupt", "train")
+    assert (done.returncode, done.stderr) == (130, "horizon: interrupted\n")
+
+
+def test_a_sweep_runs_every_value_in_a_folder_of_its_own(stubbed, tmp_path):
+    body = "(self.output_dir / 'seen').write_text(str(self.config.optim.lr))"
+    done = stubbed(body, "train", "-m", "optim.lr=0.25,0.5")
+    assert done.returncode == 0, done.stderr
+    seen = {path.parent.name: path.read_text() for path in tmp_path.glob("multirun/*/*/*/seen")}
+    assert seen == {"0": "0.25", "1": "0.5"}
+
+
+def test_a_sweep_reports_a_failing_run_goes_on_and_exits_1(stubbed, tmp_path):
+    body = "if self.config.seed == 0: raise BudgetError('no room')\n        (self.output_dir / 'seen').touch()"
+    done = stubbed(body, "train", "-m", "seed=0,1")
+    assert done.returncode == 1
+    assert done.stderr == "horizon: BudgetError: no room\n"
+    assert [path.parent.name for path in tmp_path.glob("multirun/*/*/*/seen")] == ["1"]
+
+
+def test_one_run_gets_a_dated_folder_with_hydras_record_and_no_change_of_directory(stubbed, tmp_path):
+    done = stubbed("import os; print('in', os.getcwd())", "train", "seed=3")
+    assert f"in {tmp_path}" in done.stdout
+    (record,) = tmp_path.glob("outputs/*/*/.hydra/overrides.yaml")
+    assert record.read_text() == "- seed=3\n"
+
+
+def test_a_folder_of_the_users_own_adds_options_and_primary_configs(horizon, tmp_path):
+    (tmp_path / "mine/memory").mkdir(parents=True)
+    (tmp_path / "mine/memory/box.yaml").write_text("host_budget: 24GiB\n")
+    (tmp_path / "mine/big.yaml").write_text("defaults:\n  - config\n  - override memory: box\n  - _self_\nseed: 9\n")
+    shown = horizon("train", "--config-dir", "mine", "--cfg", "job", "memory=box").stdout
+    assert "host_budget: 24GiB" in shown and "seed: 0" in shown
+    shown = horizon("train", "--config-dir", "mine", "-cn", "big", "--cfg", "job").stdout
+    assert "host_budget: 24GiB" in shown and "seed: 9" in shown and "model_type: llama" in shown
+
+
+def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
+    (tmp_path / "mine/optim").mkdir(parents=True)
+    (tmp_path / "mine/optim/fast.yaml").write_text("lrr: 1\n")
+    done = horizon("train", "--config-dir", "mine", "--cfg", "job", "optim=fast")
+    assert done.returncode == 1
+    assert "'lrr'" in done.stderr or "optim.lrr" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "choices"),
+    [
+        ("horizon ", ["train", "check"]),
+        ("horizon tr", ["train"]),
+        ("horizon train opt", ["optim.", "optim="]),
+        ("horizon train optim.lr", ["optim.lr="]),
+        ("horizon train data=", ["data=messages", "data=python_stdlib", "data=text"]),
+        ("horizon train data=text train.step", ["train.steps="]),
+        ("horizon check model=", ["model=hf", "model=tiny_llama"]),
+    ],
+)
+def test_completion_answers_the_typed_line(horizon, line, choices):
+    done = horizon("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert (done.stdout.split(), done.returncode) == (choices, 0)
+
+
+def test_the_installed_completion_works_in_bash(tmp_path):
+    """What `horizon train -sc install=bash` prints, run by bash as TAB would run it."""
+    script = tmp_path / "bin" / "horizon"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom horizon.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    press_tab = (
+        'eval "$(horizon train -sc install=bash)"; COMP_LINE="horizon train opt" COMP_POINT=17 COMP_CWORD=2; '
+        'hydra_bash_completion; printf "%s " "${COMPREPLY[@]}"; complete -p horizon'
+    )
+    done = start(["bash", "-c", press_tab], tmp_path, PATH=f"{script.parent}:{os.environ['PATH']}")
+    assert done.stdout.startswith("optim. optim= complete "), done.stderr
+
+
+def test_check_without_arguments_says_how_it_is_used(horizon):
+    assert "usage: horizon check model.path=" in horizon("check").stdout
+
+
+def test_check_names_a_wrong_key(horizon):
+    done = horizon("check", "modell=tiny_llama")
+    assert (done.returncode, done.stderr) == (1, "horizon: ConfigError: modell is no setting; did you mean model?\n")

@@ -1,0 +1,204 @@
+"""The trainer with an engine that computes nothing: order of events, rows, ends good and bad."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from horizon import trainer as module
+from horizon.config.schema import (
+    DataConfig,
+    DataFormat,
+    HorizonConfig,
+    LrSchedule,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from horizon.data import Rows
+from horizon.errors import BudgetError, CheckpointError, ConfigError
+from horizon.models.skeleton import ModelSource
+from horizon.trainer import Trainer, check_settings, generate, validation_batches, with_lr
+
+
+class FakeEngine:
+    """Counts what it is asked for; the next token is always the last one plus one."""
+
+    def __init__(self, vocab_size, at_step=lambda step: None):
+        self.vocab_size, self.at_step = vocab_size, at_step
+        self.lr, self.lrs, self.evaluated, self.closed, self.saved, self.windows = 0.0, [], [], False, None, []
+        self.host_bytes, self.device_bytes = 1 << 30, 0
+        self.plan = SimpleNamespace(table=lambda: "the plan")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+
+    def plan_micro_batch(self, batch_size, seq_len):
+        return 3
+
+    def step(self, batches):
+        self.at_step(len(self.lrs) + 1)
+        self.lrs.append(self.lr)
+        trained = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        rows = [len(batch["input_ids"]) for batch in batches]
+        assert rows == [3, 1]
+        return SimpleNamespace(loss=5.0 - len(self.lrs), grad_norm=0.5, num_tokens=trained, skipped=False)
+
+    def evaluate(self, batches):
+        self.evaluated.append(sum(len(batch["input_ids"]) for batch in batches))
+        return 4.0 - len(self.evaluated)
+
+    def next_token_logits(self, batch):
+        ids = batch["input_ids"]
+        self.windows.append(ids.tolist()[0])
+        return torch.nn.functional.one_hot((ids[:, -1] + 1) % self.vocab_size, self.vocab_size).float()
+
+    def save_pretrained(self, folder, tokenizer):
+        self.saved = (folder, tokenizer)
+
+
+@pytest.fixture
+def config(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcdefghij":
+        (texts / f"{name}.txt").write_text(f"{name * 50}\n" * 8)
+    return HorizonConfig(
+        model=ModelConfig(config={"model_type": "llama"}),
+        data=DataConfig(format=DataFormat.text, path=str(texts), tokenizer="bytes", validation_fraction=0.2),
+        optim=OptimConfig(schedule=LrSchedule.linear, warmup_steps=2),
+        train=TrainConfig(steps=5, batch_size=4, seq_len=32, eval_rows=7, sample_tokens=3, sample_prompt="abc"),
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the trainer on a fake engine, whose `at_step` may raise; gives the engine and the summary or the error."""
+
+    def run(config, at_step=lambda step: None):
+        engine = FakeEngine(257, at_step)
+        monkeypatch.setattr(module, "build_engine", lambda config, source, tokenizer: engine)
+        trainer = Trainer(config, tmp_path / "out")
+        try:
+            return engine, trainer.run()
+        except BaseException as error:
+            return engine, error
+
+    return run
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_rows_summary_settings_and_model(config, run, tmp_path, capsys):
+    engine, summary = run(config)
+    rows = read_rows(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in rows] == [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "host_bytes", "device_bytes"} <= set(rows[0])
+    assert all(row["num_tokens"] == 4 * 32 for row in rows)  # rows of whole documents, no padding among them
+    assert all(0 < row["num_trained_tokens"] < 4 * 32 for row in rows)
+    assert all(row["tokens_per_s"] == row["num_tokens"] / row["seconds"] for row in rows)
+    assert [row["lr"] for row in rows] == engine.lrs
+    assert engine.lrs == pytest.approx([1e-3, 2e-3, 1.4e-3, 0.8e-3, 0.2e-3])  # warm-up of 2, then down to a tenth
+    assert engine.evaluated == [7, 7]
+    assert (summary.validation_loss_before, summary.validation_loss_after) == (3.0, 2.0)
+    assert (summary.steps, summary.num_tokens, summary.loss, summary.sample_after) == (5, 640, 0.0, "def")
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == dataclasses.asdict(summary)
+    assert OmegaConf.load(tmp_path / "out/config.yaml").optim.lr == module.LR_RANDOM
+    assert engine.saved == (tmp_path / "out/model", engine.saved[1])
+    assert engine.closed
+    shown = capsys.readouterr()
+    for text in ("the plan", "validation loss before training: 3.0000", "abc >>> def", str(tmp_path / "out/model")):
+        assert text in shown.out
+    assert "step 5/5 loss 0.0000" in shown.err
+
+
+def test_each_row_is_on_disk_before_the_next_step_begins(config, run, tmp_path):
+    on_disk = []
+    run(config, at_step=lambda step: on_disk.append(len(read_rows(tmp_path / "out"))))
+    assert on_disk == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("failure", [BudgetError("too big"), KeyboardInterrupt(), OSError("disk")], ids=repr)
+def test_a_failure_passes_through_after_the_engine_closed_and_the_last_step_was_named(
+    config, run, tmp_path, capsys, failure
+):
+    def fail(step):
+        if step == 3:
+            raise failure
+
+    engine, error = run(config, at_step=fail)
+    assert error is failure
+    assert engine.closed and engine.saved is None
+    assert [row["step"] for row in read_rows(tmp_path / "out")] == [1, 2]
+    assert f"stopped after step 2 of 5; metrics in {tmp_path / 'out/metrics.jsonl'}" in capsys.readouterr().out
+
+
+def test_what_is_switched_off_is_not_done(config, run, tmp_path):
+    config.train = dataclasses.replace(config.train, eval_rows=0, sample_tokens=0, save=False, micro_batch=None)
+    engine, summary = run(config)
+    assert (engine.evaluated, engine.windows, engine.saved) == ([], [], None)
+    assert (summary.validation_loss_after, summary.sample_after, summary.model_dir) == (None, None, None)
+
+
+def test_without_a_prompt_the_sample_continues_a_held_out_row(config, run):
+    config.train.sample_prompt = None
+    engine, _ = run(config)
+    assert len(engine.windows[0]) == 32
+    assert len(set(engine.windows[0])) <= 3  # one letter, line ends, perhaps an end of text
+
+
+def test_generation_is_greedy_stops_at_the_end_of_text_and_keeps_to_the_context():
+    engine = FakeEngine(10)
+    tokenizer = SimpleNamespace(eos_token_id=8, decode=lambda ids: "".join(map(str, ids)))
+    assert generate(engine, tokenizer, [3], 3, max_context=2) == "456"
+    assert engine.windows == [[3], [3, 4], [4, 5]]
+    assert generate(engine, tokenizer, [6], 9, max_context=4) == "78"
+
+
+def test_validation_rows_are_cut_into_micro_batches_in_order():
+    ids = np.arange(10, dtype=np.int32).reshape(5, 2)
+    data = SimpleNamespace(validation=Rows(ids, ids, None, np.full(5, 2)))
+    batches = validation_batches(data, num_rows=4, micro_batch=3)
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[0, 1], [2, 3], [4, 5]], [[6, 7]]]
+    assert validation_batches(SimpleNamespace(validation=None), 4, 3) == []
+
+
+def test_the_learning_rate_suits_the_weights_unless_it_is_given(tmp_path):
+    trained, random = (ModelSource(tmp_path, has_weights=flag) for flag in (True, False))
+    rates = [with_lr(HorizonConfig(), source).optim.lr for source in (trained, random, None)]
+    assert rates == [1e-5, 2e-3, 2e-3]
+    assert with_lr(HorizonConfig(optim=OptimConfig(lr=0.5)), trained).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": TrainConfig(steps=0)}, "train.steps=0 must be at least 1"),
+        ({"train": TrainConfig(batch_size=0)}, "train.batch_size=0"),
+        ({"train": TrainConfig(micro_batch=0)}, "train.micro_batch=0"),
+        ({"train": TrainConfig(eval_rows=-1)}, "train.eval_rows=-1 must be at least 0"),
+        ({"train": TrainConfig(sample_tokens=-1)}, "train.sample_tokens=-1"),
+        ({"optim": OptimConfig(name="sgd")}, "optim.name='sgd' is unknown; expected adamw"),
+        ({"model": ModelConfig()}, "no model: set model.path"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        check_settings(dataclasses.replace(config, **change))
+
+
+def test_a_missing_model_folder_is_refused_before_data_are_read(config, run):
+    config.model = ModelConfig(path="/no/such/folder")
+    config.data.path = "/no/such/texts"
+    _, error = run(config)
+    assert isinstance(error, CheckpointError)
