@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horizon.runtime import Runtime, build_runtime
 from horizon.checkpoint.hf_export import Tokenizer, export_model
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, OnNonFinite
 from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
@@ -27,6 +26,7 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
+from horizon.runtime import Runtime, build_runtime
 from horizon.stream.batch import Batch, MicroBatch, to_micro_batches
 from horizon.stream.head import LossFn
 
@@ -96,8 +96,8 @@ class Engine:
         """An engine for a Hugging Face causal LM.
 
         Args:
-            model: a folder (with only a config.json: random weights), a hub id, or a live transformers model, whose
-                weights are copied and which is left as it is.
+            model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
+                live transformers model, whose weights are copied and which is left as it is.
             optimizer: AdamW settings; default `AdamW()`.
             memory: budgets and slots; default `MemoryConfig()`.
             max_grad_norm: clip the global gradient norm to this; None: no clipping, less host memory.
@@ -112,54 +112,10 @@ class Engine:
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        if isinstance(model, str | Path):
-            source = resolve_model(str(model), revision, trust_remote_code)
-            skeleton = build_skeleton(source.folder, trust_remote_code)
-            weights = source.folder if source.has_weights else None
-        else:
-            skeleton, weights = skeleton_from_instance(model), model
-        return cls._build(
-            skeleton, weights, optimizer, memory, max_grad_norm, device, compute_dtype, kernels, seed, freeze, on_nonfinite,
-            self_check,
-        )  # fmt: skip
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        optimizer: AdamW | None = None,
-        memory: MemoryConfig | None = None,
-        max_grad_norm: float | None = 1.0,
-        device: str = "auto",
-        compute_dtype: str = "auto",
-        kernels: str = "auto",
-        seed: int = 0,
-        freeze: Sequence[str] = (),
-        on_nonfinite: str = "stop",
-        trust_remote_code: bool = False,
-        self_check: bool = True,
-    ) -> Engine:
-        """An engine for a randomly initialised model of a transformers config (a dict with `model_type`).
-
-        Arguments and errors as for `from_pretrained`.
-        """
-        skeleton = build_skeleton(config, trust_remote_code)
-        return cls._build(
-            skeleton, None, optimizer, memory, max_grad_norm, device, compute_dtype, kernels, seed, freeze, on_nonfinite,
-            self_check,
-        )  # fmt: skip
-
-    @classmethod
-    def _build(
-        cls, skeleton: Any, weights: Any, optimizer: AdamW | None, memory: MemoryConfig | None,
-        max_grad_norm: float | None, device: str, compute_dtype: str, kernels: str, seed: int, freeze: Sequence[str],
-        on_nonfinite: str, self_check: bool,
-    ) -> Engine:  # fmt: skip
         check_max_grad_norm(max_grad_norm)
         on_bad = _member(OnNonFinite, on_nonfinite, "on_nonfinite")
-        dtype = _member(ComputeDtype, compute_dtype, "compute_dtype")
         optimizer = optimizer or AdamW()
+        skeleton, weights = _open_model(model, revision, trust_remote_code)
         if self_check:
             from horizon.check import ensure_supported  # it builds engines itself
 
@@ -170,13 +126,21 @@ class Engine:
             optimizer=optimizer,
             memory=memory or MemoryConfig(),
             device=device,
-            compute_dtype=dtype,
+            compute_dtype=_member(ComputeDtype, compute_dtype, "compute_dtype"),
+            kernels=_member(Kernels, kernels, "kernels"),
             seed=seed,
             freeze=freeze,
-            kernels=_member(Kernels, kernels, "kernels"),
             keeps_gradients=max_grad_norm is not None or on_bad is OnNonFinite.skip,
         )
         return cls(runtime, lr=optimizer.lr, max_grad_norm=max_grad_norm, seed=seed, on_nonfinite=on_bad)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
+        """An engine for a randomly initialised model of a transformers config (a dict with `model_type`).
+
+        Keywords and errors as for `from_pretrained`.
+        """
+        return cls.from_pretrained(config, **settings)
 
     # ---- training
 
@@ -398,6 +362,16 @@ class Engine:
         self._require_open()
         if self._accumulated:
             raise BatchError(f"{what} while gradients of forward_backward wait; call optimizer_step first")
+
+
+def _open_model(model: Any, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(skeleton, where its weights come from: a folder, a live model, or None for random ones)."""
+    if isinstance(model, str | Path):
+        source = resolve_model(str(model), revision, trust_remote_code)
+        return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+    if isinstance(model, Mapping):
+        return build_skeleton(model, trust_remote_code), None
+    return skeleton_from_instance(model), model
 
 
 def _member(kind: Any, value: str, name: str) -> Any:

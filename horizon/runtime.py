@@ -24,13 +24,14 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.apply import KeptUpdates, StreamedUpdates
 from horizon.optim.threads import default_num_threads
 from horizon.optim.updater import Updater, UpdateStates
-from horizon.plan.machine import context_bytes, memory_limits, process_bytes, resolve_device
+from horizon.plan.machine import context_bytes, memory_limits, prepare_device, process_bytes, resolve_device
 from horizon.plan.memory import (
     RING_BUFFERS,
     MemoryNeeds,
     MemoryPlan,
     WorkingSet,
-    largest_micro_batch,
+    boundary_sizes,
+    choose_micro_batch,
     plan_activations,
     plan_memory,
 )
@@ -74,6 +75,7 @@ class Runtime:
             self._updater = Updater(
                 model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published
             )
+            self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
             self._kept = KeptUpdates(self._updater)
             self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
         except BaseException:
@@ -193,9 +195,10 @@ class Runtime:
     # ---- memory
 
     def plan_micro_batch(self, batch_size: int, seq_len: int) -> int:
-        """The most rows per micro-batch that fit."""
-        working = self._working_set(seq_len)
-        return largest_micro_batch(self.plan, batch_size, seq_len, self._token_bytes(), working)
+        """Rows per micro-batch for steps of `batch_size` rows."""
+        working, idle = self._working_set(seq_len), self._idle_bytes(self.buffers.kept)
+        fixed = self.plan.with_activations(())
+        return choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes(), working, idle)
 
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
@@ -219,18 +222,25 @@ class Runtime:
         shapes = [b.shape for b in batches]
         tokens = [rows * length for rows, length in shapes]
         working = self._working_set(max(length for _, length in shapes))
+        idle = self._idle_bytes(borrow)
         fixed = self.plan.with_activations(())
-        planned = plan_activations(fixed, tokens, self._token_bytes(), working)
-        sizes = {(block, m): num * self._token_bytes() for block in planned.offloaded for m, num in enumerate(tokens)}
-        empty = torch.empty(0, dtype=torch.uint8)
-        blocks = range(self.model.num_blocks)
-        idle = [self.buffers.claim(b) if borrow else empty for b in blocks] if sizes else []
+        planned = plan_activations(fixed, tokens, self._token_bytes(), working, idle)
         self.plan = fixed.with_activations(planned.lines)
-        return Boundaries(self.streams, self._offload.regions(sizes, idle) if sizes else {})
+        if not planned.offloaded:
+            return Boundaries(self.streams, {})
+        sizes = boundary_sizes(planned.offloaded, tokens, self._token_bytes())
+        buffers = [self.buffers.claim(block) for block in range(len(idle))]
+        return Boundaries(self.streams, self._offload.regions(sizes, buffers))
+
+    def _idle_bytes(self, borrow: bool) -> list[int]:
+        """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
+        layouts = self.model.layouts if borrow else ()
+        lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
+        return [0 if lay.index in lent else lay.num_trainable * self.buffers.dtype.itemsize for lay in layouts]
 
     def _working_set(self, seq_len: int) -> WorkingSet:
         if self.device.type != "cuda":
-            return WorkingSet(0, 0)  # the stand-in has no memory of its own for kernels
+            return WorkingSet(0, 0, 0)  # the stand-in has no memory of its own for kernels
         if seq_len not in self._working:
             self._working[seq_len] = self.guarded(lambda: measure_working_set(self.executor, seq_len, self._version))
         return self._working[seq_len]
@@ -285,8 +295,7 @@ def build_runtime(
     target = resolve_device(device)
     dtype = _torch_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
-    if target.type == "cuda":
-        torch.ones(1, device=target)  # creates the context, so that it is counted
+    prepare_device(target)
     model.to(target)
     limits = memory_limits(memory, target)
     overhead = context_bytes(target) + sum(b.nbytes for b in skeleton.buffers())

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
+SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
 PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
 
 
@@ -163,7 +164,7 @@ class Trainer:
         if not train.sample_tokens:
             return loss, None
         prompt = sample_prompt(data, train.sample_prompt, train.sample_tokens)
-        sample = generate(engine, data.tokenizer, prompt, train.sample_tokens, train.seq_len)
+        sample = generate(engine, data.tokenizer, prompt, train.sample_tokens, train.seq_len, self.config.seed)
         text = f"{data.tokenizer.decode(prompt)} >>> {sample}"
         print(f"sample {when} training (the model goes on after >>>):\n{textwrap.indent(text, '    ')}", flush=True)
         return loss, sample
@@ -219,10 +220,12 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
         "max_grad_norm": optim.max_grad_norm,
         "device": config.device,
         "compute_dtype": config.compute_dtype,
+        "kernels": config.kernels,
         "seed": config.seed,
         "freeze": model.freeze,
         "on_nonfinite": config.train.on_nonfinite,
         "trust_remote_code": model.trust_remote_code,
+        "self_check": model.self_check,
     }
     if source is not None:
         return Engine.from_pretrained(str(source.folder), **settings)
@@ -250,13 +253,23 @@ def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int
 
 
 def generate(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], num_tokens: int, max_context: int
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    num_tokens: int,
+    max_context: int,
+    seed: int,
 ) -> str:
-    """Text of the most likely `num_tokens` tokens after `prompt`, or fewer if the text ends before."""
-    ids = list(prompt)
+    """Text of `num_tokens` tokens after `prompt`, or fewer if it ends before, each drawn from the likeliest few.
+
+    The likeliest token alone would repeat itself for ever after a short training.
+    """
+    ids, dice = list(prompt), torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
-        logits = engine.next_token_logits({"input_ids": torch.tensor([ids[-max_context:]])})
-        ids.append(int(logits[0].argmax()))
+        logits = engine.next_token_logits({"input_ids": torch.tensor([ids[-max_context:]])})[0]
+        likeliest = logits.topk(min(SAMPLE_FROM, len(logits)))
+        drawn = torch.multinomial(likeliest.values.softmax(-1), 1, generator=dice)
+        ids.append(int(likeliest.indices[drawn]))
         if ids[-1] == tokenizer.eos_token_id:
             break
     return str(tokenizer.decode(ids[len(prompt) :]))

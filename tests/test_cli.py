@@ -69,7 +69,7 @@ def test_an_unknown_command_is_one_line(horizon):
 def test_train_help_shows_groups_settings_and_flags(horizon):
     shown = horizon("train", "--help").stdout
     assert "data: messages, python_stdlib, text" in shown
-    assert "batch_size: 8" in shown
+    assert "batch_size: 4" in shown
     assert "--config-dir" in shown
     assert 'eval "$(horizon train -sc install=bash)"' in shown
 

@@ -1,5 +1,6 @@
 """The trainer with an engine that computes nothing: order of events, rows, ends good and bad."""
 
+import ast
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ class FakeEngine:
     def next_token_logits(self, batch):
         ids = batch["input_ids"]
         self.windows.append(ids.tolist()[0])
-        return torch.nn.functional.one_hot((ids[:, -1] + 1) % self.vocab_size, self.vocab_size).float()
+        return 1e3 * torch.nn.functional.one_hot((ids[:, -1] + 1) % self.vocab_size, self.vocab_size)
 
     def save_pretrained(self, folder, tokenizer):
         self.saved = (folder, tokenizer)
@@ -157,12 +158,22 @@ def test_without_a_prompt_the_sample_continues_a_held_out_row(config, run):
     assert len(set(engine.windows[0])) <= 3  # one letter, line ends, perhaps an end of text
 
 
-def test_generation_is_greedy_stops_at_the_end_of_text_and_keeps_to_the_context():
+def test_generation_stops_at_the_end_of_text_and_keeps_to_the_context():
     engine = FakeEngine(10)
     tokenizer = SimpleNamespace(eos_token_id=8, decode=lambda ids: "".join(map(str, ids)))
-    assert generate(engine, tokenizer, [3], 3, max_context=2) == "456"
+    assert generate(engine, tokenizer, [3], 3, max_context=2, seed=0) == "456"
     assert engine.windows == [[3], [3, 4], [4, 5]]
-    assert generate(engine, tokenizer, [6], 9, max_context=4) == "78"
+    assert generate(engine, tokenizer, [6], 9, max_context=4, seed=0) == "78"
+
+
+def test_a_sample_is_drawn_from_the_likeliest_tokens_and_repeats_with_its_seed():
+    logits = torch.cat([torch.full((80,), -1.0), torch.ones(20)])[None]
+    engine = SimpleNamespace(next_token_logits=lambda batch: logits)
+    tokenizer = SimpleNamespace(eos_token_id=None, decode=list)
+    samples = [generate(engine, tokenizer, [0], 30, max_context=8, seed=seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    drawn = ast.literal_eval(samples[0])
+    assert len(set(drawn)) > 5 and min(drawn) >= 80
 
 
 def test_validation_rows_are_cut_into_micro_batches_in_order():

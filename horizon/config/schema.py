@@ -74,14 +74,14 @@ class OptimConfig:
     weight_decay: float = 0.01  # not applied to norms and biases
     max_grad_norm: float | None = 1.0  # null: no clipping
     schedule: LrSchedule = LrSchedule.cosine
-    warmup_steps: int = 10
+    warmup_steps: int = 20
     min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    steps: int = 100
-    batch_size: int = 8  # rows per optimizer step
+    steps: int = 250
+    batch_size: int = 4  # rows per optimizer step
     seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
     eval_rows: int = 64  # validation rows scored before and after training; 0: none

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from horizon.errors import ConfigError, UnsupportedModelError
+from horizon.layout import BlockLayout, Param, ParamSpec, place_block
 from horizon.models.kernels import FusedKernels
 from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
-from horizon.plan.layout import BlockLayout, Param, ParamSpec, place_block
 
 Params = Mapping[str, Tensor]  # local parameter name -> tensor
 

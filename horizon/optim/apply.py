@@ -89,7 +89,6 @@ class StreamedUpdates:
                     self._buffers.release(block)
         except BaseException as error:  # whoever waits for a version or a buffer must hear of it
             self._ledger.fail(error)
-            self._buffers.fail(error)
 
     def _loss_is_finite(self) -> bool:
         if self._loss is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from horizon.plan.layout import BlockLayout
+from horizon.layout import BlockLayout
 
 
 class Chunk(NamedTuple):

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from horizon.errors import HorizonError
+from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, Array, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
-from horizon.plan.layout import PARAM_ALIGN, BlockLayout
 from horizon.store.ledger import Ledger
 
 CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
@@ -258,6 +258,6 @@ def load_update() -> Update:
     try:
         from horizon.optim.kernel import update_numba
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
-        log.warning("numba is not available (%s): AdamW runs as plain torch operations, several times slower", error)
+        log.warning("numba is not available (%s): AdamW runs as plain torch operations, about ten times slower", error)
         return update_torch
     return update_numba

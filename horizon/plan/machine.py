@@ -36,6 +36,15 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def prepare_device(device: torch.device) -> None:
+    """Create the CUDA context, so that it is counted, with an allocator that does not fragment where it can be set."""
+    if device.type == "cuda":
+        if not torch.cuda.is_initialized() and hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device, requires_grad=True).sum().backward()  # autograd's thread has its context, too
+
+
 def process_bytes() -> int:
     """Resident host memory of this process."""
     return int(psutil.Process().memory_info().rss)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from horizon.errors import HorizonError
-from horizon.plan.layout import BlockLayout
+from horizon.layout import BlockLayout
 from horizon.store.arena import Arena
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from horizon.errors import CheckpointError
-from horizon.plan.layout import BlockLayout, Param
+from horizon.layout import BlockLayout, Param
 from horizon.store.arena import Arena
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master

@@ -6,15 +6,14 @@
 `hi` is a nearest bfloat16, ties away from zero, and is what the device computes with. The pair gives back every
 pattern, NaN payloads included. (`Tensor.bfloat16()` rounds ties to even: an even `hi` then has 65,537 preimages,
 which 16 bits cannot tell apart.)
-
-Both directions work on the two 16-bit halves of each fp32 element in place of 32-bit arithmetic, so they
-allocate nothing but their result. The halves lie low one first: little-endian, as on every supported host and GPU.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+HOST_PIECE = 1 << 17  # elements: on the host, temporaries of 512 KiB that stay in cache
 
 
 def split_master(master: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -24,11 +23,9 @@ def split_master(master: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tu
     """
     master = master.contiguous()
     hi, lo = out or (torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16))
-    low, high = _halves(master)
-    hi_bits, lo_bits = hi.view(-1).view(torch.int16), lo.view(-1).view(torch.int16)
-    lo_bits.copy_(low)
-    torch.bitwise_right_shift(lo_bits, 15, out=hi_bits)  # -1 where the low half rounds up
-    torch.sub(high, hi_bits, out=hi_bits)
+    for bits, hi_bits, lo_bits in _pieces(master, hi, lo):
+        lo_bits.copy_(bits)  # keeps the low half
+        hi_bits.copy_((bits >> 15).add_(1).bitwise_right_shift_(1))  # (bits + 0x8000) >> 16 without overflow
     return hi, lo
 
 
@@ -39,14 +36,13 @@ def join_master(hi: Tensor, lo: Tensor, out: Tensor | None = None) -> Tensor:
     """
     hi, lo = hi.contiguous(), lo.contiguous()
     master = torch.empty_like(hi, dtype=torch.float32) if out is None else out
-    low, high = _halves(master)
-    hi_bits, lo_bits = hi.view(-1).view(torch.int16), lo.view(-1).view(torch.int16)
-    low.copy_(lo_bits)
-    high.copy_(lo_bits).bitwise_right_shift_(15).add_(hi_bits)
+    for bits, hi_bits, lo_bits in _pieces(master, hi, lo):
+        bits.copy_(hi_bits).bitwise_left_shift_(16).add_(lo_bits)
     return master
 
 
-def _halves(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Strided int16 views [elements] of the low and the high halves of a contiguous float32 tensor."""
-    low, high = master.view(-1).view(torch.int16).view(-1, 2).unbind(1)
-    return low, high
+def _pieces(master: Tensor, hi: Tensor, lo: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
+    """Flat (int32, int16, int16) views of matching pieces; on a device everything is one piece."""
+    size = HOST_PIECE if master.device.type == "cpu" else max(master.numel(), 1)
+    flat = (master.view(-1).view(torch.int32), hi.view(-1).view(torch.int16), lo.view(-1).view(torch.int16))
+    return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)

@@ -146,13 +146,10 @@ class Executor:
                 return block
         return None
 
-    def rehearse(self, batches: Sequence[MicroBatch], version: int) -> None:
-        """Forward and backward of the embedding, one layer of each kind, and the head; gradients are dropped.
-
-        For measuring what a block at work takes.
-        """
+    def rehearse_layers(self, batches: Sequence[MicroBatch], version: int) -> None:
+        """Forward and backward of one layer of each kind, gradients dropped: for measuring what a layer takes."""
         kinds = {self._layouts[b].num_elements: b for b in reversed(range(1, self._head))}
-        self._weights.begin([0, *sorted(kinds.values()), self._head], version)
+        self._weights.begin([0, *sorted(kinds.values())], version)
         self._model.train(True)
         calls: list[list[Call]] = []
         with self._visit() as (block, params):
@@ -166,9 +163,16 @@ class Executor:
                         output = self._model.layer(block, leaves, states, layer_calls[block - 1])
                     wanted = [states, *(leaf for leaf in leaves.values() if leaf.requires_grad)]
                     torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+
+    def rehearse_head(self, version: int) -> None:
+        """Forward and backward of one full chunk of the head, gradients dropped."""
+        self._weights.begin([self._head], version)
+        tokens = torch.zeros(1, self._head_loss.chunk, dtype=torch.long, device=self.device)
+        batch = MicroBatch({"input_ids": tokens}, tokens, tokens.numel(), {})
         with self._visit() as (_, params):
-            for states, batch in zip(hidden, batches, strict=True):
-                self._head_loss.backward(params, states, batch, 1.0, lambda gradients: None)
+            dtype = next(iter(params.values())).dtype
+            hidden = self._streams.empty(1, self._head_loss.chunk, self._model.hidden_size, dtype=dtype).normal_()
+            self._head_loss.backward(params, hidden, batch, 1.0, lambda gradients: None)
 
     def reset(self) -> None:
         """After a failed step: wait for what is in flight, then forget it."""

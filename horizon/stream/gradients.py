@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from horizon.plan.layout import BlockLayout
+from horizon.layout import BlockLayout
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.streams import Event, Streams
 

@@ -35,9 +35,9 @@ def chunks(hidden: Tensor, targets: Tensor, num_tokens: int) -> Iterator[tuple[s
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed next-token cross-entropy in fp32; targets are already shifted, IGNORED ones count nothing."""
-    return F.cross_entropy(
-        logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
-    )
+    # The conversion inside log_softmax saves an fp32 copy of the logits and of their gradient.
+    log_probs = F.log_softmax(logits.view(-1, logits.shape[-1]), dim=-1, dtype=torch.float32)
+    return F.nll_loss(log_probs, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
 
 
 def custom_loss(loss_fn: LossFn, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -61,7 +61,7 @@ class HeadLoss:
     """
 
     def __init__(self, model: BlockModel, chunk: int):
-        self._model, self._chunk = model, chunk
+        self._model, self.chunk = model, chunk
         self._trainable = [name for name, _, _ in model.layouts[model.head].grad_ranges()]
 
     def backward(
@@ -86,7 +86,7 @@ class HeadLoss:
         """
         grad_hidden = torch.empty_like(hidden)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = self._chunk if loss_fn is None else batch.targets.numel()
+        size = self.chunk if loss_fn is None else batch.targets.numel()
         for span, states, targets in chunks(hidden, batch.targets, size):
             leaf = states.detach().requires_grad_()
             leaves = {n: params[n].detach().requires_grad_(n in self._trainable) for n in params}
@@ -109,6 +109,6 @@ class HeadLoss:
         if loss_fn is not None:
             return custom_loss(loss_fn, self._model.logits(params, hidden), batch).float()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for _, states, targets in chunks(hidden, batch.targets, self._chunk):
+        for _, states, targets in chunks(hidden, batch.targets, self.chunk):
             total += cross_entropy_sum(self._model.logits(params, states), targets)
         return total

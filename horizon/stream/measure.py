@@ -18,14 +18,32 @@ if TYPE_CHECKING:
     from horizon.stream.executor import Executor
 
 
+TOKENS = 8192  # enough that activations, not parameter gradients, make the peak
+
+
 def measure_working_set(executor: Executor, seq_len: int, version: int) -> WorkingSet:
     """Peak device bytes of a block's recompute and backward, as a line in the micro-batch's tokens.
 
-    Runs every kind of layer once with 1 and once with 2 rows of `seq_len` tokens; CUDA only.
+    Runs every kind of layer with some rows of `seq_len` tokens and with twice as many, and a full chunk of the head,
+    which does not grow with the micro-batch; CUDA only. Where the budget has no room for that, with single rows.
     """
-    peaks = [_peak(lambda rows=rows: executor.rehearse(_batch(executor, rows, seq_len), version)) for rows in (1, 2)]
-    per_token = max(0, peaks[1] - peaks[0]) // seq_len
-    return WorkingSet(base=max(0, peaks[0] - per_token * seq_len), per_token=per_token)
+    try:
+        return _measure(executor, max(1, TOKENS // seq_len), seq_len, version)
+    except torch.cuda.OutOfMemoryError:
+        executor.reset()
+        torch.cuda.empty_cache()
+        return _measure(executor, 1, seq_len, version)
+
+
+def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> WorkingSet:
+    executor.rehearse_layers(_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
+    few, many = (
+        _peak(lambda r=r: executor.rehearse_layers(_batch(executor, r, seq_len), version)) for r in (rows, 2 * rows)
+    )
+    head = _peak(lambda: executor.rehearse_head(version))
+    torch.cuda.empty_cache()
+    per_token = max(0, many - few) // (rows * seq_len)
+    return WorkingSet(base=max(0, few - per_token * rows * seq_len), per_token=per_token, least=head)
 
 
 def _batch(executor: Executor, rows: int, seq_len: int) -> list[MicroBatch]:

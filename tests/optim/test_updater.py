@@ -11,7 +11,7 @@ from horizon.errors import HorizonError, NonFiniteError
 from horizon.optim.adamw import AdamW, step_scalars, update_torch
 from horizon.optim.chunks import cut_chunks
 from horizon.optim.updater import Updater, UpdateStates
-from horizon.plan.layout import PARAM_ALIGN, ParamSpec, place_block
+from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
 

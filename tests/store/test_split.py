@@ -18,10 +18,13 @@ def patterns():
     return np.concatenate([*edges, np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)])
 
 
-def test_every_pattern_comes_back():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_pattern_comes_back(device):
     bits = patterns()
-    master = join_master(*split_master(bits_to_master(bits)))
-    np.testing.assert_array_equal(master.numpy().view(np.uint32), bits)
+    hi, lo = split_master(bits_to_master(bits).to(device))
+    np.testing.assert_array_equal(join_master(hi, lo).cpu().numpy().view(np.uint32), bits)
+    for got, expected in zip((hi, lo), split_master(bits_to_master(bits)), strict=True):
+        assert torch.equal(got.cpu().view(torch.int16), expected.view(torch.int16))
 
 
 def test_halves_are_the_documented_ones():

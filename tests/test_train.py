@@ -1,0 +1,103 @@
+"""The whole of `horizon train`, with the real engine, on a model that fits a test."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from horizon.config.compose import compose
+from horizon.data import load_data
+from horizon.errors import CheckpointError
+from horizon.trainer import Trainer, validation_batches
+
+TINY = [
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=4",
+    "data=text",
+    "data.tokenizer=bytes",
+    "train.steps=12",
+    "train.batch_size=4",
+    "train.seq_len=32",
+    "train.eval_rows=6",
+    "train.sample_tokens=4",
+    "optim.lr=1e-2",
+    "optim.warmup_steps=2",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        (folder / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    """(output folder, config, summary) of one run from random weights."""
+    config = compose([*TINY, f"data.path={texts}"])
+    out = tmp_path_factory.mktemp("run")
+    return out, config, Trainer(config, out).run()
+
+
+def plain_loss(folder, config):
+    """Mean loss over the held-out rows by transformers alone."""
+    data = load_data(config.data, seq_len=config.train.seq_len, seed=config.seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for batch in validation_batches(data, config.train.eval_rows, 1):
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**batch, use_cache=False).loss) * targets
+        count += targets
+    return total / count
+
+
+def test_it_learns_and_the_saved_model_has_the_loss_that_was_reported(trained):
+    out, config, summary = trained
+    assert summary.validation_loss_before == pytest.approx(math.log(257), abs=0.2)
+    assert summary.validation_loss_after < summary.validation_loss_before - 1
+    assert plain_loss(out / "model", config) == pytest.approx(summary.validation_loss_after, rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert tokenizer.decode(tokenizer.encode("the quick fox")) == "the quick fox"
+
+
+def test_the_metrics_follow_the_run(trained):
+    out, _, summary = trained
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] == summary.loss < rows[0]["loss"]
+    assert all(row["grad_norm"] > 0 and row["host_bytes"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_a_run_goes_on_from_the_folder_another_one_wrote(trained, tmp_path):
+    out, config, summary = trained
+    data = f"data.path={config.data.path}"
+    again = compose([*(key for key in TINY if "model.config" not in key), data, f"model.path={out / 'model'}"])
+    again.train.steps = 1
+    resumed = Trainer(again, tmp_path).run()
+    assert resumed.validation_loss_before == pytest.approx(summary.validation_loss_after, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run(trained, tmp_path):
+    _, config, summary = trained
+    assert Trainer(config, tmp_path).run().validation_loss_after == summary.validation_loss_after
+
+
+def test_a_damaged_model_folder_is_a_named_error(trained, tmp_path):
+    out, config, _ = trained
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in (out / "model").iterdir():
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    broken = compose([*(key for key in TINY if "model.config" not in key), f"model.path={folder}"])
+    broken.data = config.data
+    with pytest.raises(CheckpointError):
+        Trainer(broken, tmp_path / "out").run()
