@@ -1,10 +1,10 @@
 """Time a training step of Horizon against the resident baseline, in one process on one GPU.
 
-    python profiling/step.py --shape qwen2.5-7b --tokens 32768 131072 --device-budget 24GiB --out profiling/results/x.jsonl
+    python profiling/step.py --shape qwen2.5-7b --tokens 32768 131072 --device-budget 24GiB --out results.jsonl
 
 The resident baseline keeps everything in GPU memory: the same layers with checkpointing per layer, Liger kernels when
-installed, forward and backward only, no optimizer. Horizon's step is whole: forward, backward, global clip, AdamW on the
-host. Each row carries machine, commit, versions and command; times are medians over the steady steps.
+installed, forward and backward only, no optimizer. Horizon's step is whole: forward, backward, global clip, AdamW on
+the host. Each row carries machine, commit, versions and command; times are medians over the steady steps.
 """
 
 from __future__ import annotations

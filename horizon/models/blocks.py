@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from horizon.errors import ConfigError, UnsupportedModelError
 from horizon.layout import BlockLayout, Param, ParamSpec, place_block
 from horizon.models.kernels import FusedKernels
 from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
+from horizon.models.tail import find_tail, without_output
 
 Params = Mapping[str, Tensor]  # local parameter name -> tensor
 
@@ -33,6 +34,7 @@ class BlockModel:
     def __init__(self, skeleton: nn.Module, freeze: Sequence[str] = (), fused: bool = False):
         self.skeleton = skeleton
         self.config: Any = skeleton.config
+        skeleton.train(True)
         if getattr(self.config, "layerdrop", 0):
             raise UnsupportedModelError(
                 f"config.layerdrop={self.config.layerdrop}: dropping whole layers is not supported; set 0"
@@ -41,6 +43,7 @@ class BlockModel:
         self.structure: Structure = find_structure(skeleton)
         self.layouts: tuple[BlockLayout, ...] = _lay_out(skeleton, self.structure)
         self.parameter_names: tuple[str, ...] = tuple(name for name, _ in skeleton.named_parameters())
+        self._tails: dict[int, nn.Linear | None] = {}  # by block: the projection that recomputation leaves out
         self._accepts = frozenset(inspect.signature(skeleton.forward).parameters)
         self._kernels = FusedKernels(skeleton) if fused else None
         modules = (skeleton, *self.structure.layers, skeleton)
@@ -77,7 +80,9 @@ class BlockModel:
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off, as `nn.Module.train`."""
-        self.skeleton.train(mode)
+        if self.skeleton.training is not mode:
+            self.skeleton.train(mode)
+            self._tails.clear()  # dropout saves its mask
 
     def to(self, device: torch.device) -> None:
         """Move the buffers (rotary tables and the like, never parameters) to `device`."""
@@ -107,10 +112,8 @@ class BlockModel:
         """
         log: list[tuple[Tensor, Call]] = []
         with self._bindings[0].bound(params), tapped(self.structure, log):
-            try:
+            with suppress(LastLayerReached):
                 self.skeleton(**inputs, use_cache=False)
-            except LastLayerReached:
-                pass
         return log[0][0], [call for _, call in log]
 
     def layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
@@ -118,6 +121,15 @@ class BlockModel:
         with self._bindings[block].bound(params), self._kernels.active() if self._kernels else nullcontext():
             output = self.structure.layers[block - 1](hidden, *call.args, **call.kwargs)
         return output[0] if self.structure.returns_tuple else output  # type: ignore[no-any-return]
+
+    def recompute(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
+        """Run decoder layer `block` again for its backward: an output to differentiate, whose values may be missing."""
+        if block not in self._tails:
+            layer = self.structure.layers[block - 1]
+            output, self._tails[block] = find_tail(layer, lambda: self.layer(block, params, hidden, call))
+            return output
+        with without_output(self._tails[block]):
+            return self.layer(block, params, hidden, call)
 
     def logits(self, params: Params, hidden: Tensor) -> Tensor:
         """Final norm, head and whatever the model does to its logits: [B, T, H] -> [B, T, V]."""

@@ -1,7 +1,7 @@
 """Boundary activations: the hidden states between blocks, one per block and micro-batch, kept from forward to backward.
 
-They stay on the device while the budget allows. An offloaded one is copied to pinned host memory as soon as it
-exists, its device memory is given back once the next block has read it, and it returns shortly before backward needs it.
+They stay on the device while the budget allows. An offloaded one is copied to pinned host memory as soon as it exists;
+its device memory is given back once the next block has read it, and it returns shortly before backward needs it.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Executor:
         Args:
             version: the weights' version to compute with; loading waits for it block by block.
             seed: of dropout masks, so that recomputation draws the same.
-            old_share: leave old_share * (gradients waiting on the host) + (1 - old_share) * (this batch's); 0 replaces them.
+            old_share: leave old_share * (gradients on the host) + (1 - old_share) * (this batch's); 0 replaces them.
 
         Returns:
             the step's loss, an fp32 scalar on the device; the caller decides when to wait for it.
@@ -160,7 +160,7 @@ class Executor:
                     leaves = self._leaves(block, params)
                     states = states.detach().requires_grad_()
                     with torch.enable_grad():
-                        output = self._model.layer(block, leaves, states, layer_calls[block - 1])
+                        output = self._model.recompute(block, leaves, states, layer_calls[block - 1])
                     wanted = [states, *(leaf for leaf in leaves.values() if leaf.requires_grad)]
                     torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
 
@@ -180,7 +180,7 @@ class Executor:
         self._weights.reset()
 
     def _forward_only(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
-        self._weights.begin(range(self._head + 1), version)
+        self._weights.begin(list(range(self._head + 1)), version)
         self._model.train(False)
         return self._forward(batches, None).hidden
 
@@ -256,18 +256,18 @@ class Executor:
     ) -> None:
         """Recompute and differentiate the next layer of the backward walk; `grads` is replaced in place."""
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink):
+        with self._visit() as (block, params), self._gradients_of(block, sink, len(grads)):
             for m in range(len(grads)):
                 hidden = boundaries.take((block, m)).detach().requires_grad_(block > self._first)
                 leaves = self._leaves(block, params)
                 with torch.enable_grad(), self._randomness(block, m):
-                    output = self._model.layer(block, leaves, hidden, calls[m][block - 1])
+                    output = self._model.recompute(block, leaves, hidden, calls[m][block - 1])
                 grad_hidden = self._differentiate(block, output, grads[m], leaves, hidden)
                 if grad_hidden is not None:
                     grads[m] = grad_hidden
 
     def _backward_embedding(self, batches: Sequence[MicroBatch], grads: list[Tensor], sink: GradientSink) -> None:
-        with self._visit() as (block, params), self._gradients_of(block, sink):
+        with self._visit() as (block, params), self._gradients_of(block, sink, len(batches)):
             for m, batch in enumerate(batches):
                 leaves = self._leaves(block, params)
                 with torch.enable_grad(), self._randomness(block, m):
@@ -302,10 +302,10 @@ class Executor:
         self._weights.release()
 
     @contextmanager
-    def _gradients_of(self, block: int, sink: GradientSink) -> Iterator[None]:
-        """Sum the block's gradients while open, then send them to the host."""
+    def _gradients_of(self, block: int, sink: GradientSink, num_parts: int | None = None) -> Iterator[None]:
+        """Sum the block's gradients, of `num_parts` parts where that is known, then send them to the host."""
         assert self.gradients is not None
-        self.gradients.open(block)
+        self.gradients.open(block, single=num_parts == 1)
         yield
         self.gradients.close(sink)
 

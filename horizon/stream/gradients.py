@@ -77,6 +77,7 @@ class GradientSlots:
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
         self._turn = 0
         self._block = -1
+        self._target = self._slots[0].flat
 
     def begin_step(self, old_share: float) -> None:
         """Start a backward pass that leaves old_share * (sums on the host) + this pass's gradients; 0 replaces them."""
@@ -89,12 +90,14 @@ class GradientSlots:
         else:
             self.norms.zero_()
 
-    def open(self, block: int) -> None:
-        """Start summing `block`'s gradients."""
+    def open(self, block: int, single: bool) -> None:
+        """Start summing `block`'s gradients; with `single`, `add` will be called just once."""
         self._block = block
         slot = self._slot
         if slot.drained is not None:  # its last copy to the host must be over before it is written again
             self._streams.compute.wait_event(slot.drained)
+        # A gradient that is no sum needs no fp32 detour: autograd made it in the dtype it is computed and kept in.
+        self._target = slot.flat if self._sum is None or (single and not self._waiting(block)) else self._sum
         for span in self._spans[block]:
             self._target[span.start : span.end].zero_()
             for (start, stop), partial in self._partial.get(span.owner, {}).items():
@@ -111,21 +114,21 @@ class GradientSlots:
     def close(self, sink: GradientSink) -> None:
         """Measure the sums, cast them, start their way to the host."""
         block, slot = self._block, self._slot
-        for span in self._spans[block]:
-            if self._sum is not None:
-                slot.flat[span.start : span.end].copy_(self._sum[span.start : span.end])
+        if self._target is not slot.flat:
+            for span in self._spans[block]:
+                slot.flat[span.start : span.end].copy_(self._target[span.start : span.end])
         self._measure(block, slot.flat)
         self._drain(block, slot, sink)
         self._turn = (self._turn + 1) % len(self._slots)
         self._block = -1
 
+    def _waiting(self, block: int) -> bool:
+        """Whether sums to add to wait on the host."""
+        return any(self._partial.get(span.owner) for span in self._spans[block])
+
     @property
     def _slot(self) -> _DrainSlot:
         return self._slots[self._turn]
-
-    @property
-    def _target(self) -> Tensor:
-        return self._sum if self._sum is not None else self._slot.flat
 
     def _add_partial(self, slot: _DrainSlot, span: _Span, start: int, stop: int, partial: _Partial) -> None:
         start, stop = max(span.host.start, start), min(span.host.stop, stop)
@@ -140,7 +143,7 @@ class GradientSlots:
         self._streams.copy(fetch, slot.flat[to], source)
         compute.wait_event(fetch.record_event())
         target = self._target[to]
-        if self._sum is not None:
+        if self._target is not slot.flat:
             target.copy_(slot.flat[to])
         if partial.share != 1:
             target.mul_(partial.share)

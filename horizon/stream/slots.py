@@ -81,7 +81,7 @@ class WeightSlots:
         self._streams, self._store = streams, store
         size = max(lay.num_slot_elements for lay in store.layouts)
         self._slots = [self._new_slot(i, size, dtype) for i in range(num_slots)]
-        self._visits: Sequence[int] = ()
+        self._visits: list[int] = []
         self._version = 0
         self._next = 0  # visit to acquire next
         self._ahead = 0  # first visit not loaded yet
@@ -94,7 +94,7 @@ class WeightSlots:
         halves = self._streams.empty(size, dtype=torch.bfloat16), self._streams.empty(size, dtype=torch.int16)
         return Slot(index, flat, halves)
 
-    def begin(self, visits: Sequence[int], version: int) -> None:
+    def begin(self, visits: list[int], version: int) -> None:
         """Start a walk over `visits` (block numbers) that needs the blocks' weights at `version`."""
         if self._current is not None:
             raise RuntimeError(f"a walk begins while block {self._current.block} is in use")
@@ -106,7 +106,7 @@ class WeightSlots:
         """Forget everything after a failed step; the buffers stay."""
         for slot in self._slots:
             slot.state, slot.block, slot.version = SlotState.EMPTY, None, -1
-        self._visits, self._current = (), None
+        self._visits, self._current = [], None
 
     def prefetch(self, wait: bool = False) -> None:
         """Issue loads for coming visits while a slot is free and the weights are up to date.
