@@ -23,7 +23,7 @@ from horizon.models.skeleton import build_skeleton, init_parameters, resolve_mod
 ROWS, TOKENS = 2, 24
 TOLERANCE = 1e-5  # of the largest gradient: fp32 summation order; what is wrong is wrong by far more
 
-_passed: set[str] = set()
+_passed: dict[str, CheckReport] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,13 @@ class CheckReport:
     loss_difference: float
     worst_gradient: str
     worst_difference: float  # relative to the gradient's largest element
+    packs: bool  # position ids that restart keep the documents of a row apart
 
     def __str__(self) -> str:
         return (
             f"{self.architecture}: ok, {self.num_layers} layers streamed against plain autograd; {self.num_parameters} "
-            f"gradients by name, worst {self.worst_gradient} off by {self.worst_difference:.1e} of its largest element"
+            f"gradients by name, worst {self.worst_gradient} off by {self.worst_difference:.1e} of its largest element; "
+            f"{'keeps packed documents apart' if self.packs else 'cannot pack documents: set data.packing=false'}"
         )
 
 
@@ -57,22 +59,22 @@ def check_model(model: ModelConfig) -> CheckReport:
         config = load_config(source.folder, model.trust_remote_code)
     else:
         config = load_config({"vocab_size": 256, **model.config}, model.trust_remote_code)
-    return run_check(config)
+    return run_check(config, model.trust_remote_code)
 
 
-def ensure_supported(config: Any) -> None:
-    """Run the check for an architecture once per process.
+def ensure_supported(config: Any, trust_remote_code: bool = False) -> CheckReport:
+    """The check of an architecture, run once per process.
 
     Raises:
         UnsupportedModelError: it cannot be streamed; says why.
     """
     key = json.dumps(shrunk(config).to_dict(), sort_keys=True, default=str)
     if key not in _passed:
-        run_check(config)
-        _passed.add(key)
+        _passed[key] = run_check(config, trust_remote_code)
+    return _passed[key]
 
 
-def run_check(config: Any) -> CheckReport:
+def run_check(config: Any, trust_remote_code: bool = False) -> CheckReport:
     """Stream a shrunk model of `config` and compare loss and every gradient with plain autograd.
 
     Raises:
@@ -83,7 +85,7 @@ def run_check(config: Any) -> CheckReport:
     tokens = torch.randint(1, small.get_text_config().vocab_size, (ROWS, TOKENS), generator=generator)
     batch = {"input_ids": tokens, "labels": tokens.clone()}
     try:
-        reference = materialised(build_skeleton(small))
+        reference = materialised(build_skeleton(small, trust_remote_code))
         loss, expected = plain_gradients(reference, batch)
     except HorizonError:
         raise
@@ -95,14 +97,28 @@ def run_check(config: Any) -> CheckReport:
     streamed_loss, found = _streamed_gradients(reference, batch)
     name, worst = _worst(expected, found)
     report = CheckReport(
-        type(reference).__name__, small.num_hidden_layers, len(expected), abs(loss - streamed_loss), name, worst
-    )
+        type(reference).__name__, small.num_hidden_layers, len(expected), abs(loss - streamed_loss), name, worst,
+        keeps_documents_apart(reference, tokens),
+    )  # fmt: skip
     if worst > TOLERANCE or report.loss_difference > TOLERANCE * max(1.0, abs(loss)):
         raise UnsupportedModelError(
             f"{report.architecture} does not compute the same in blocks: loss {streamed_loss:.6f} against {loss:.6f}, "
             f"gradient of {name} off by {worst:.1e} of its largest element; this architecture cannot be streamed"
         )
     return report
+
+
+def keeps_documents_apart(model: Any, tokens: Tensor) -> bool:
+    """Whether a document's logits are the same alone and packed behind another one, told apart by position ids only."""
+    half = tokens.shape[1] // 2
+    positions = torch.arange(half).repeat(2).expand(tokens.shape[0], -1)
+    try:
+        with torch.no_grad():
+            packed = model(input_ids=tokens[:, : 2 * half], position_ids=positions, use_cache=False).logits
+            alone = model(input_ids=tokens[:, half : 2 * half], use_cache=False).logits
+    except TypeError:  # the model takes no position ids
+        return False
+    return bool(torch.allclose(packed[:, half:], alone, atol=1e-4))
 
 
 def plain_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -175,7 +191,8 @@ def shrunk(config: Any) -> Any:
     }  # fmt: skip
     if "qk_rope_head_dim" in settings:
         del sizes["head_dim"]  # there it follows from the parts of a head
-    sizes |= {key: 0 for key, value in settings.items() if "drop" in key and isinstance(value, float)}
+    random = {key for key in settings if "drop" in key or "jitter" in key}
+    sizes |= {key: 0 for key in random if isinstance(settings[key], float)}
     for key, value in sizes.items():
         if isinstance(settings.get(key), int | float) and not isinstance(settings[key], bool):
             with contextlib.suppress(AttributeError):  # a property that follows from other settings
@@ -186,9 +203,9 @@ def shrunk(config: Any) -> Any:
 
 def _keep_layer_types(settings: dict[str, Any], small: Any) -> None:
     """As many layers as it takes to see every kind, at least two."""
-    types, depth = settings.get("layer_types"), small.num_hidden_layers
-    shallow = min(depth, max([2, *(types.index(kind) + 1 for kind in set(types or []))]))
+    types, depth = list(settings.get("layer_types") or []), small.num_hidden_layers
+    shallow = min(depth, max([2, *(types.index(kind) + 1 for kind in set(types))]))
     if types:
         with contextlib.suppress(AttributeError):
-            small.layer_types = list(types[:shallow])
+            small.layer_types = types[:shallow]
     small.num_hidden_layers = shallow

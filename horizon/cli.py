@@ -66,6 +66,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     """Run once, or every run of a sweep: one that fails is reported at once and the others still run."""
+    # OpenMP's threads spin while they wait, and beside any other busy process that makes CPU training 7 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
     from horizon.config.compose import run_with_hydra
 
     failures: list[HorizonError] = []

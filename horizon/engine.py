@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from horizon.checkpoint.hf_export import Tokenizer, export_model
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, OnNonFinite
+from horizon.config.values import choice, patterns, settings
 from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
-from horizon.models.skeleton import build_skeleton, resolve_model, skeleton_from_instance
+from horizon.models.skeleton import open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
 from horizon.plan.machine import process_bytes
@@ -42,6 +43,15 @@ class StepResult:
     num_tokens: int  # trained tokens
     seconds: float
     skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What `forward_backward` has left for `optimizer_step`."""
+
+    num_tokens: int = 0
+    loss: float = 0.0  # mean over them
+    batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
 
 
 class Engine:
@@ -67,12 +77,9 @@ class Engine:
         self._runtime = runtime
         self.lr = lr
         self._max_grad_norm, self._seed, self._on_nonfinite = max_grad_norm, seed, on_nonfinite
-        self._version = 0  # optimizer steps so far
-        self._passes = 0  # backward passes so far: each draws its own dropout masks
-        self._accumulated = 0  # tokens whose gradients wait for `optimizer_step`
-        self._loss = 0.0  # their mean loss
+        self._num_passes = 0  # backward passes so far: each draws its own dropout masks
+        self._waiting = _Waiting()
         self._has_gradients = False
-        self._batches: list[MicroBatch] = []
         self._closed = False
 
     @classmethod
@@ -113,23 +120,26 @@ class Engine:
             HorizonError: named by kind; nothing stays allocated.
         """
         check_max_grad_norm(max_grad_norm)
-        on_bad = _member(OnNonFinite, on_nonfinite, "on_nonfinite")
-        optimizer = optimizer or AdamW()
-        skeleton, weights = _open_model(model, revision, trust_remote_code)
+        on_bad = choice(OnNonFinite, on_nonfinite, "on_nonfinite")
+        optimizer = settings(AdamW, optimizer, "optimizer")
+        memory = settings(MemoryConfig, memory, "memory")
+        dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
+        frozen = patterns(freeze, "freeze")
+        skeleton, weights = open_model(model, revision, trust_remote_code)
         if self_check:
             from horizon.check import ensure_supported  # it builds engines itself
 
-            ensure_supported(skeleton.config)
+            ensure_supported(skeleton.config, trust_remote_code)
         runtime = build_runtime(
             skeleton,
             weights,
             optimizer=optimizer,
-            memory=memory or MemoryConfig(),
+            memory=memory,
             device=device,
-            compute_dtype=_member(ComputeDtype, compute_dtype, "compute_dtype"),
-            kernels=_member(Kernels, kernels, "kernels"),
+            compute_dtype=dtype,
+            kernels=kernel_kind,
             seed=seed,
-            freeze=freeze,
+            freeze=frozen,
             keeps_gradients=max_grad_norm is not None or on_bad is OnNonFinite.skip,
         )
         return cls(runtime, lr=optimizer.lr, max_grad_norm=max_grad_norm, seed=seed, on_nonfinite=on_bad)
@@ -157,76 +167,83 @@ class Engine:
             loss, gradient norm, trained tokens, seconds. The update itself runs on behind the next step's forward.
 
         Raises:
-            BatchError, NonFiniteError: the step was not applied.
+            BatchError, NonFiniteError: the step was not applied; the engine can go on. Without clipping, a gradient
+                that is not finite under a finite loss is noticed too late for that: the engine keeps raising.
         """
         started = time.perf_counter()
-        self._require_idle("step")
-        batches = self._prepare(batch, loss_fn)
-        loss = self._guarded(
-            lambda: self._runtime.run_step(batches, self._version, self.lr, self._next_seed(), loss_fn)
-        )
-        return self._apply(loss, batches, sum(b.num_tokens for b in batches), started)
+        self._require_open()
+        self._check_lr()
+        if self._waiting.num_tokens:
+            raise BatchError("step while gradients of forward_backward wait; call optimizer_step first")
+        batches, step = self._prepare(batch, loss_fn is None), self.num_steps + 1
+        loss = self._run_pass(lambda seed: self._runtime.run_step(batches, self.lr, seed, loss_fn))
+        return self._apply(step, float(loss), batches, _num_tokens(batches), started)
 
     def forward_backward(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """Forward and backward without an update: adds to the gradients that `optimizer_step` applies.
 
-        Gradients of several calls are averaged by trained tokens. They wait on the host in fp32 (4 B/param).
+        Gradients of several calls are averaged by trained tokens. They wait on the host in fp32 (4 B/param). A
+        call that fails half-way takes the gradients of the calls before it along.
 
         Returns:
             this call's loss.
+
+        Raises:
+            BatchError: nothing was added.
         """
         self._require_open()
-        self._runtime.keep_fp32_gradients()
-        batches = self._prepare(batch, loss_fn)
-        tokens = sum(b.num_tokens for b in batches)
-        total = self._accumulated + tokens
-        loss = self._guarded(
-            lambda: self._runtime.accumulate(
-                batches, self._version, self._next_seed(), self._accumulated / total, loss_fn
-            )
-        )
-        value = float(loss)
-        self._loss = (self._loss * self._accumulated + value * tokens) / total
-        self._accumulated, self._has_gradients = total, True
-        return value
+        batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
+        tokens = _num_tokens(batches)
+        total = waiting.num_tokens + tokens
+        old_share = waiting.num_tokens / total
+
+        def accumulate(seed: int) -> Tensor:
+            self._runtime.keep_fp32_gradients()
+            return self._runtime.accumulate(batches, seed, old_share, loss_fn)
+
+        loss = float(self._run_pass(accumulate))
+        mean = waiting.loss * old_share + loss * (1 - old_share)
+        self._waiting = _Waiting(total, mean, batches if math.isfinite(waiting.loss) else waiting.batches)
+        self._has_gradients = True
+        return loss
 
     def optimizer_step(self) -> StepResult:
         """Clip and apply the gradients of `forward_backward`.
 
         Raises:
             HorizonError: there are none.
+            NonFiniteError: they were dropped; the engine can go on.
         """
         started = time.perf_counter()
         self._require_open()
-        if not self._accumulated:
+        self._check_lr()
+        if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
-        tokens, self._accumulated = self._accumulated, 0
-        return self._apply(torch.tensor(self._loss), self._batches, tokens, started)
+        waiting, self._waiting = self._waiting, _Waiting()
+        return self._apply(self.num_steps + 1, waiting.loss, waiting.batches, waiting.num_tokens, started)
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """The loss without gradients: mean over trained tokens (dropout off)."""
         self._require_open()
-        batches = self._prepare(batch, loss_fn, keep=False)
-        losses = self._guarded(lambda: self._runtime.executor.evaluate(batches, self._version, loss_fn))
-        tokens = [b.num_tokens for b in batches]
-        weights = tokens if loss_fn is not None else [1] * len(tokens)
-        return sum(float(x) * w for x, w in zip(losses, weights, strict=True)) / sum(tokens)
+        batches = self._prepare(batch, loss_fn is None)
+        losses = self._runtime.guarded(lambda: self._runtime.executor.evaluate(batches, self.num_steps, loss_fn))
+        weights = [1 if loss_fn is None else b.num_tokens for b in batches]
+        return sum(float(x) * w for x, w in zip(losses, weights, strict=True)) / _num_tokens(batches)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
         self._require_open()
-        batches = to_micro_batches(batch, self._runtime.device, self.vocab_size, need_labels=False)
-        logits = self._guarded(lambda: self._runtime.executor.last_logits(batches, self._version))
-        return logits[0].float().cpu()
+        batches = self._prepare(batch, need_labels=False)
+        logits = self._runtime.guarded(lambda: self._runtime.executor.last_logits(batches, self.num_steps))
+        return torch.cat([rows.float().cpu() for rows in logits])
 
     # ---- state by name
 
     def named_master_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, exact fp32 value as a new CPU tensor), in the model's order."""
         self._require_open()
-        self._runtime.wait_for_updates(self._version)
-        for name in self._runtime.model.parameter_names:
-            yield name, self._runtime.store.read_master(name)
+        self._runtime.wait_for_updates()
+        return ((name, self._runtime.store.read_master(name)) for name in self._runtime.model.parameter_names)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient on CPU, before clipping) of the last backward; trainable parameters only.
@@ -239,7 +256,7 @@ class Engine:
             raise HorizonError(
                 "no gradients are kept: run a backward first; without clipping use forward_backward instead of step"
             )
-        yield from self._runtime.read_gradients()
+        return self._runtime.read_gradients()
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> None:
         """Write a Hugging Face folder from the masters, tensor by tensor.
@@ -250,7 +267,7 @@ class Engine:
         self._require_open()
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-        self._runtime.wait_for_updates(self._version)
+        self._runtime.wait_for_updates()
         skeleton, read = self._runtime.model.skeleton, self._runtime.store.read_master
         export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)  # type: ignore[arg-type]
 
@@ -267,6 +284,13 @@ class Engine:
         return self._runtime.model.vocab_size
 
     @property
+    def packs_documents(self) -> bool:
+        """Whether position ids that restart keep the documents of a packed row apart in this architecture."""
+        from horizon.check import ensure_supported
+
+        return ensure_supported(self._runtime.model.config, trust_remote_code=True).packs
+
+    @property
     def device(self) -> torch.device:
         """Where blocks compute."""
         return self._runtime.device
@@ -274,7 +298,7 @@ class Engine:
     @property
     def num_steps(self) -> int:
         """Optimizer steps applied so far."""
-        return self._version
+        return self._runtime.version
 
     @property
     def host_bytes(self) -> int:
@@ -291,8 +315,12 @@ class Engine:
 
         Raises:
             BudgetError: not even one row fits.
+            ConfigError: the model has no positions for rows of that length.
         """
         self._require_open()
+        limit = self._runtime.model.max_positions
+        if limit is not None and seq_len > limit:
+            raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         return self._runtime.plan_micro_batch(batch_size, seq_len)
 
     # ---- life
@@ -301,7 +329,7 @@ class Engine:
         """Stop the workers and release all memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._batches = []
+            self._waiting = _Waiting()
             self._runtime.close()
 
     def __enter__(self) -> Engine:
@@ -310,72 +338,64 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            logger.exception("closing the engine failed, too")  # what went wrong first is what the caller hears of
 
-    def _prepare(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None, keep: bool = True) -> list[MicroBatch]:
-        batches = to_micro_batches(batch, self._runtime.device, self.vocab_size, need_labels=loss_fn is None)
-        self._runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
-        if keep:
-            self._batches = batches
+    def _prepare(self, batch: Batch | Sequence[Batch], need_labels: bool) -> list[MicroBatch]:
+        runtime, limit = self._runtime, self._runtime.model.max_positions
+        batches = to_micro_batches(batch, runtime.device, self.vocab_size, max_positions=limit, need_labels=need_labels)
+        runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
         return batches
 
-    def _next_seed(self) -> int:
-        self._passes += 1
-        return self._seed * 1_000_003 + self._passes
-
-    def _guarded(self, work: Any) -> Any:
-        """Run device work; on failure drain what is in flight, so that the next step starts clean."""
+    def _run_pass(self, work: Callable[[int], Tensor]) -> Tensor:
+        """Run `work(seed of the dropout masks)`, one backward pass; if it fails, the gradients on the host are void."""
         try:
-            return self._runtime.guarded(work)
+            loss = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
         except BaseException:
-            self._has_gradients, self._accumulated = False, 0
+            self._has_gradients, self._waiting = False, _Waiting()
             raise
+        self._num_passes += 1
+        return loss
 
-    def _apply(self, loss: Tensor, batches: list[MicroBatch], num_tokens: int, started: float) -> StepResult:
-        norm, value = global_norm(self._runtime.gradient_norms()), float(loss)
-        step = self._version + 1
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
-            self._has_gradients = False
-            message = self._explain(step, value, batches)
-            if self._on_nonfinite is OnNonFinite.stop:
-                raise NonFiniteError(f"{message}; set on_nonfinite=skip to drop such steps (train.on_nonfinite)")
+    def _apply(self, step: int, loss: float, batches: list[MicroBatch], num_tokens: int, started: float) -> StepResult:
+        norm = global_norm(self._runtime.gradient_norms())
+        skipped = not (math.isfinite(loss) and math.isfinite(float(norm)))
+        if skipped:
+            self._drop(step, loss, batches)
+        elif self._runtime.keeps_gradients:
+            self._runtime.apply(self.lr, clip_scale(norm, self._max_grad_norm))
+        self._has_gradients = self._runtime.keeps_gradients and not skipped
+        return StepResult(loss, float(norm), num_tokens, time.perf_counter() - started, skipped)
+
+    def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
+        """Say why a step is not finite, and raise unless such steps are skipped."""
+        self._has_gradients = False
+        message = f"step {step}: {self._runtime.explain_non_finite(loss, batches)}"
+        if self._on_nonfinite is OnNonFinite.skip:
             logger.warning("%s; the step is skipped", message)
-            return StepResult(value, float(norm), num_tokens, time.perf_counter() - started, skipped=True)
-        self._runtime.apply(step, self.lr, clip_scale(norm, self._max_grad_norm))
-        self._version = step
-        self._has_gradients = self._runtime.keeps_gradients
-        return StepResult(value, float(norm), num_tokens, time.perf_counter() - started)
-
-    def _explain(self, step: int, loss: float, batches: list[MicroBatch]) -> str:
-        if math.isfinite(loss):
-            return f"step {step}: the gradient of {self._runtime.first_bad_gradient()} is not finite (loss {loss:.4g})"
-        block = self._guarded(lambda: self._runtime.executor.first_non_finite(batches, self._version))
-        where = "head" if block is None else self._runtime.model.layouts[block].name
-        return f"step {step}: the loss is {loss}; block {where!r} is the first whose output is not finite"
+            return
+        if self.num_steps < step:
+            raise NonFiniteError(f"{message}; set on_nonfinite=skip to drop such steps (train.on_nonfinite)")
+        error = NonFiniteError(
+            f"{message}; without clipping the blocks were updated before that was known: load the last saved model and "
+            "set max_grad_norm or on_nonfinite=skip (optim.max_grad_norm, train.on_nonfinite)"
+        )
+        self._runtime.fail(error)
+        raise error
 
     def _require_open(self) -> None:
         if self._closed:
             raise HorizonError("the engine is closed")
-        self._runtime.store.ledger.raise_if_failed()
+        self._runtime.raise_if_failed()
 
-    def _require_idle(self, what: str) -> None:
-        self._require_open()
-        if self._accumulated:
-            raise BatchError(f"{what} while gradients of forward_backward wait; call optimizer_step first")
-
-
-def _open_model(model: Any, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(skeleton, where its weights come from: a folder, a live model, or None for random ones)."""
-    if isinstance(model, str | Path):
-        source = resolve_model(str(model), revision, trust_remote_code)
-        return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
-    if isinstance(model, Mapping):
-        return build_skeleton(model, trust_remote_code), None
-    return skeleton_from_instance(model), model
+    def _check_lr(self) -> None:
+        if not 0 <= self.lr < math.inf:
+            raise ConfigError(f"engine.lr={self.lr}: expected a finite number >= 0")
 
 
-def _member(kind: Any, value: str, name: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(kind)}") from None
+def _num_tokens(batches: Sequence[MicroBatch]) -> int:
+    return sum(b.num_tokens for b in batches)

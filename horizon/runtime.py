@@ -7,7 +7,9 @@ Everything that may be refused is refused by the plan, before the store is alloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from horizon.checkpoint.hf_import import import_weights
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
-from horizon.errors import BudgetError, ConfigError
+from horizon.errors import BudgetError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.models.skeleton import init_parameters
@@ -51,7 +53,11 @@ HEAD_CHUNK_BYTES = 1024 * MIB  # fp32 logits that exist at once
 
 
 class Runtime:
-    """See `build_runtime`; the engine is its only user."""
+    """See `build_runtime`; the engine is its only user.
+
+    Attributes:
+        version: optimizer steps that the weights have seen, those still under way included.
+    """
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, optimizer: AdamW, device: torch.device,
@@ -61,26 +67,32 @@ class Runtime:
         self._needs = needs
         self._pin = device.type == "cuda"
         self._working: dict[int, WorkingSet] = {}
-        self._version = 0  # of the weights the next pass computes with
+        self.version = 0
         self._context_bytes = needs.device_overhead
-        self.store = HostStore(model.layouts, self._pin, needs.compute_dtype is torch.float32)
-        try:
-            self.streams = Streams.on(device)
+        with ExitStack() as release:  # in reverse, and all of it whatever fails
+            release.callback(_lift_device_limit, device)
+            _limit_device(device, plan.limits.device)
+            self.store = HostStore(model.layouts, self._pin, needs.compute_dtype is torch.float32)
+            release.callback(self.store.close)
+            self.buffers: GradientBuffers = self._new_buffers(needs.grad_dtype, needs.keeps_gradients)
+            release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self._offload = OffloadSpace(self._pin)
+            release.callback(self._offload.close)
+            self.streams = Streams.on(device)
             head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
-            self.buffers: GradientBuffers = self._new_buffers(needs.grad_dtype, needs.keeps_gradients)
+            release.callback(delattr, self, "executor")  # its slots
             self.executor.use_buffers(self.buffers)
+            release.callback(self.streams.synchronize)
             self._updater = Updater(
                 model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published
             )
+            release.callback(self._updater.close)
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
             self._kept = KeptUpdates(self._updater)
             self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
-        except BaseException:
-            self.store.close()
-            raise
+            self._release = release.pop_all()
 
     @property
     def keeps_gradients(self) -> bool:
@@ -101,37 +113,44 @@ class Runtime:
 
     # ---- a step
 
-    def run_step(
-        self, batches: Sequence[MicroBatch], version: int, lr: float, seed: int, loss_fn: LossFn | None
-    ) -> Tensor:
-        """Forward and backward; without clipping, updates begin inside. Returns the loss on the device."""
-        boundaries = self._boundaries(batches, borrow=self.buffers.kept)
+    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> Tensor:
+        """Forward and backward; without clipping also the updates, hence the next version. Gives the device's loss."""
         if self.buffers.kept:
-            loss = self.executor.train(batches, version, boundaries, self._kept, seed=seed, loss_fn=loss_fn)
-            self._kept.wait()
-            return loss
-        self._streamed.begin(version + 1, lr)
+            return self.accumulate(batches, seed, 0.0, loss_fn)
+        boundaries, step = self._boundaries(batches, borrow=False), self.version + 1
+        self._streamed.begin(step, lr)
         try:
-            return self.executor.train(batches, version, boundaries, self._streamed, seed=seed, loss_fn=loss_fn)
-        finally:
+            loss = self.executor.train(batches, self.version, boundaries, self._streamed, seed=seed, loss_fn=loss_fn)
             self._streamed.finish()
+        except BaseException as error:
+            self._abandon(step, error)
+            raise
+        self.store.ledger.raise_if_failed()
+        if self._streamed.num_updates:
+            self.version = step
+        return loss
 
-    def accumulate(
-        self, batches: Sequence[MicroBatch], version: int, seed: int, old_share: float, loss_fn: LossFn | None
-    ) -> Tensor:
+    def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
         boundaries = self._boundaries(batches, borrow=old_share == 0)
         loss = self.executor.train(
-            batches, version, boundaries, self._kept, seed=seed, old_share=old_share, loss_fn=loss_fn
+            batches, self.version, boundaries, self._kept, seed=seed, old_share=old_share, loss_fn=loss_fn
         )
         self._kept.wait()
         return loss
 
-    def apply(self, step: int, lr: float, grad_scale: float) -> None:
-        """Update all blocks from kept gradients; gradients that streamed have been applied already."""
-        self._version = step
-        if self.buffers.kept:
-            self._kept.apply(step, lr, grad_scale)
+    def apply(self, lr: float, grad_scale: float) -> None:
+        """Update all blocks from kept gradients."""
+        self._kept.apply(self.version + 1, lr, grad_scale)
+        self.version += 1
+
+    def fail(self, error: BaseException) -> None:
+        """The weights are of no use any more: whatever is asked next raises `error`."""
+        self.store.ledger.fail(error)
+
+    def raise_if_failed(self) -> None:
+        """Raise the first failure of any thread, if there was one."""
+        self.store.ledger.raise_if_failed()
 
     def gradient_norms(self) -> Tensor:
         """L2 norm of every trainable parameter's gradient, fp32 [parameters] on CPU, in the model's order."""
@@ -140,7 +159,16 @@ class Runtime:
         by_name = dict(zip(self._trainable_names(), norms, strict=True))
         return torch.stack([by_name[name] for name in self.model.parameter_names if name in by_name])
 
-    def first_bad_gradient(self) -> str:
+    def explain_non_finite(self, loss: float, batches: Sequence[MicroBatch]) -> str:
+        """Where a loss or a gradient went wrong: the first block by a forward pass that looks, or the parameter."""
+        if math.isfinite(loss):
+            return f"the gradient of {self._first_bad_gradient()} is not finite (loss {loss:.4g})"
+        block = self.guarded(lambda: self.executor.first_non_finite(batches, self.version))
+        if block is None:
+            return f"the loss is {loss}, though every block's output is finite; look at loss_fn and labels"
+        return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
+
+    def _first_bad_gradient(self) -> str:
         """The parameter nearest the loss whose gradient is not finite."""
         assert self.executor.gradients is not None
         norms = self.executor.gradients.norms.cpu()
@@ -155,10 +183,10 @@ class Runtime:
                 flat = self.buffers.claim(block)[param.offset : param.end]
                 yield name, flat.to(torch.float32, copy=True).view(param.spec.shape)
 
-    def wait_for_updates(self, version: int) -> None:
-        """Return once every block has seen `version` optimizer steps."""
+    def wait_for_updates(self) -> None:
+        """Return once every block has seen all optimizer steps."""
         for layout in self.model.layouts:
-            self.store.ledger.wait(layout.index, version)
+            self.store.ledger.wait(layout.index, self.version)
 
     def keep_fp32_gradients(self) -> None:
         """From now on gradients of all blocks wait on the host in fp32, so that several backwards can add up.
@@ -172,11 +200,16 @@ class Runtime:
             self._needs.layouts, self._needs.compute_dtype, torch.float32, True, self._needs.weight_slots,
             self._needs.host_overhead, self._needs.device_overhead,
         )  # fmt: skip
-        self.plan, self._needs = plan_memory(needs, self.plan.limits), needs
+        plan = plan_memory(needs, self.plan.limits)
         self._updater.wait()
         self.buffers.close()
-        self.buffers = self._new_buffers(torch.float32, True)
-        self.executor.use_buffers(self.buffers)
+        try:
+            self.buffers = self._new_buffers(torch.float32, True)
+            self.executor.use_buffers(self.buffers)
+        except BaseException as error:
+            self.fail(error)  # the old ones are gone
+            raise
+        self.plan, self._needs = plan, needs
 
     def guarded(self, work: Callable[[], T]) -> T:
         """Run device work; whatever fails, wait for what is in flight and forget the step."""
@@ -207,16 +240,22 @@ class Runtime:
         return self.plan.num_bytes("device")
 
     def close(self) -> None:
-        """Stop the threads, then release memory; in this order."""
-        self._updater.close()
-        self.streams.synchronize()
-        del self.executor
-        self._offload.close()
-        self.buffers.close()
-        self.store.close()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        """Stop the threads, then release memory. Idempotent."""
+        self._release.close()
+
+    def _abandon(self, step: int, error: BaseException) -> None:
+        """A step whose updates begin inside has failed: nothing of it may be left, or the weights are lost."""
+        self._streamed.finish()
+        if num_updates := self._streamed.num_updates:
+            self.fail(
+                HorizonError(
+                    f"step {step} failed when {num_updates} of {self.model.num_blocks} blocks had been updated "
+                    f"({error!r}): load the last saved model; with optim.max_grad_norm set such a step can be repeated"
+                )
+            )
+        with suppress(HorizonError):  # a failure of the updates is what the next call raises
+            self._updater.wait()
+            self.buffers.reset()
 
     def _boundaries(self, batches: Sequence[MicroBatch], borrow: bool) -> Boundaries:
         shapes = [b.shape for b in batches]
@@ -229,7 +268,7 @@ class Runtime:
         if not planned.offloaded:
             return Boundaries(self.streams, {})
         sizes = boundary_sizes(planned.offloaded, tokens, self._token_bytes())
-        buffers = [self.buffers.claim(block) for block in range(len(idle))]
+        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
         return Boundaries(self.streams, self._offload.regions(sizes, buffers))
 
     def _idle_bytes(self, borrow: bool) -> list[int]:
@@ -242,7 +281,7 @@ class Runtime:
         if self.device.type != "cuda":
             return WorkingSet(0, 0, 0)  # the stand-in has no memory of its own for kernels
         if seq_len not in self._working:
-            self._working[seq_len] = self.guarded(lambda: measure_working_set(self.executor, seq_len, self._version))
+            self._working[seq_len] = self.guarded(lambda: measure_working_set(self.executor, seq_len, self.version))
         return self._working[seq_len]
 
     def _token_bytes(self) -> int:
@@ -300,18 +339,27 @@ def build_runtime(
     limits = memory_limits(memory, target)
     overhead = context_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    plan = plan_memory(needs, limits)
-    if target.type == "cuda":
-        total = torch.cuda.get_device_properties(target).total_memory
-        allowed = limits.device - context_bytes(target)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed, 1) / total), target)
-    runtime = Runtime(model, plan, needs, optimizer, target, num_threads)
+    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads)
     try:
         runtime.load(weights, seed)
     except BaseException:
         runtime.close()
         raise
     return runtime
+
+
+def _limit_device(device: torch.device, num_bytes: int) -> None:
+    """Have torch's allocator keep to the budget, the CUDA context included."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = max(num_bytes - context_bytes(device), 1)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def _lift_device_limit(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _torch_dtype(dtype: ComputeDtype, device: torch.device) -> torch.dtype:

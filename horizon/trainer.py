@@ -87,6 +87,8 @@ class Trainer:
 
     def _run(self, engine: Engine, data: TextData) -> RunSummary:
         train, shuffle = self.config.train, self.config.data.shuffle
+        if self.config.data.packing and not engine.packs_documents:
+            raise ConfigError("this architecture cannot keep packed documents apart; set data.packing=false")
         micro_batch = train.micro_batch or engine.plan_micro_batch(train.batch_size, train.seq_len)
         loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
         held_out = validation_batches(data, train.eval_rows, micro_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from horizon.errors import ConfigError
 
@@ -29,7 +30,7 @@ def parse_bytes(text: str | int, key: str) -> int:
     """
     match = _SIZE.fullmatch(str(text))
     factor = _FACTORS.get(match[2].lower()) if match else None
-    num_bytes = int(float(match[1]) * factor) if match and factor else 0
+    num_bytes = int(Decimal(match[1]) * factor) if match and factor else 0
     if num_bytes <= 0:
         raise ConfigError(f"{key}={text!r} is not a size; expected 'auto' or a number with a unit, such as 24GiB")
     return num_bytes

@@ -62,7 +62,7 @@ def test_the_direction_of_imports_is_told_apart():
     assert wrong_imports("store", {"stream", "plan"}) == {"stream"}
     assert wrong_imports("data", {"report"}) == {"report"}
     assert wrong_imports("units", {"errors", "config"}) == {"config"}
-    assert imported_parts(ast.parse("def f():\n  from horizon.layout import x\n  import horizon.store.arena")) == {
+    assert imported_parts(ast.parse("def f():\n  from horizon.plan.memory import x\n  import horizon.store.arena")) == {
         "plan",
         "store",
     }

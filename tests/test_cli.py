@@ -135,6 +135,13 @@ def test_one_run_gets_a_dated_folder_with_hydras_record_and_no_change_of_directo
     assert record.read_text() == "- seed=3\n"
 
 
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path):
+    code = STUB.format(body="import os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)")
+    command = [sys.executable, "-c", code, "train"]
+    assert start(command, tmp_path).stdout == "PASSIVE False\n"
+    assert start(command, tmp_path, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE False\n"
+
+
 def test_a_folder_of_the_users_own_adds_options_and_primary_configs(horizon, tmp_path):
     (tmp_path / "mine/memory").mkdir(parents=True)
     (tmp_path / "mine/memory/box.yaml").write_text("host_budget: 24GiB\n")
@@ -174,7 +181,8 @@ def test_the_installed_completion_works_in_bash(tmp_path):
     """What `horizon train -sc install=bash` prints, run by bash as TAB would run it."""
     script = tmp_path / "bin" / "horizon"
     script.parent.mkdir()
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom horizon.cli import main\nsys.exit(main())\n")
+    program = "import sys; sys.argv[0] = 'horizon'; from horizon.cli import main; main()"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{program}" "$@"\n')
     script.chmod(0o755)
     press_tab = (
         'eval "$(horizon train -sc install=bash)"; COMP_LINE="horizon train opt" COMP_POINT=17 COMP_CWORD=2; '

@@ -106,7 +106,7 @@ def _register_schema() -> None:
 
 
 def _as_config_error(error: Exception) -> ConfigError:
-    """One line out of the several that Hydra and OmegaConf give, with the key's full name and what it may have meant."""
+    """One line out of the several that Hydra and OmegaConf give, with the key's full name and a near one."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return ConfigError(_one_line(str(error)))

@@ -96,7 +96,7 @@ class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
     host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
-    device_budget: str = "auto"  # device memory, framework included; auto: what is free. Ignored on CPU only runs
+    device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
 

@@ -11,6 +11,7 @@ import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ class BlockModel:
     Block 0 is the embedding, blocks 1..L the decoder layers, block L+1 the final norm and the head.
     """
 
-    def __init__(self, skeleton: nn.Module, freeze: Sequence[str] = (), fused: bool = False):
+    def __init__(self, skeleton: Any, freeze: Sequence[str] = (), fused: bool = False):
         self.skeleton = skeleton
         self.config: Any = skeleton.config
         skeleton.train(True)
-        if getattr(self.config, "layerdrop", 0):
+        if getattr(skeleton.config, "layerdrop", 0):
             raise UnsupportedModelError(
-                f"config.layerdrop={self.config.layerdrop}: dropping whole layers is not supported; set 0"
+                f"config.layerdrop={skeleton.config.layerdrop}: dropping whole layers is not supported; set 0"
             )
         _freeze(skeleton, freeze)
         self.structure: Structure = find_structure(skeleton)
@@ -66,6 +67,15 @@ class BlockModel:
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
 
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Positions that the model has an embedding for; None where any position can be computed."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        tokens = self.skeleton.get_input_embeddings()
+        tables = [m for m in self.skeleton.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+        # OPT's table has two rows more than it has positions.
+        return limit if limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.skeleton.parameters())
@@ -74,7 +84,8 @@ class BlockModel:
         """Whether a training forward draws random numbers: masks must then be replayed by a recomputation."""
         in_modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.skeleton.modules())
         in_config = any(
-            "dropout" in key and isinstance(value, float) and value > 0 for key, value in self.config.to_dict().items()
+            ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0
+            for key, value in self.config.to_dict().items()
         )
         return in_modules or in_config
 

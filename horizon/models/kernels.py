@@ -33,7 +33,7 @@ def choose_kernels(kernels: Kernels, device: torch.device) -> Kernels:
         ConfigError: Liger was asked for and cannot run here.
     """
     if kernels is Kernels.liger and (device.type != "cuda" or not liger_available()):
-        raise ConfigError("kernels=liger needs a CUDA device and `pip install horizon[gpu]`; use kernels=auto or torch")
+        raise ConfigError("kernels=liger needs a CUDA device and `pip install liger-kernel`; use kernels=auto or torch")
     if kernels is Kernels.auto:
         return Kernels.liger if device.type == "cuda" and liger_available() else Kernels.torch
     return kernels

@@ -86,6 +86,25 @@ def _download(hub_id: str, revision: str | None, trust_remote_code: bool) -> Pat
         ) from error
 
 
+def open_model(
+    model: Any, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Path | PreTrainedModel | None]:
+    """The skeleton of whatever names a model (a folder, a hub id, a mapping, a live model), and where its weights are.
+
+    Returns:
+        the skeleton, and the folder or live model that has the weights, or None where they are to be drawn at random.
+
+    Raises:
+        HorizonError: as `resolve_model`, `build_skeleton` and `skeleton_from_instance`.
+    """
+    if isinstance(model, str | Path):
+        source = resolve_model(str(model), revision, trust_remote_code)
+        return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+    if isinstance(model, Mapping):
+        return build_skeleton(model, trust_remote_code), None
+    return skeleton_from_instance(model), model
+
+
 def build_skeleton(
     source: str | Path | Mapping[str, Any] | PreTrainedConfig, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -195,6 +214,18 @@ def _refuse_instance(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{what} has no values for {name} (meta device); load it without offloading")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(f"{what} was spread over devices by device_map; load it without device_map")
+    _refuse_hooks(model)
+
+
+def _refuse_hooks(model: PreTrainedModel) -> None:
+    """Modules run twice a step and the outermost ones in parts, parameters are others: a user's hook would mislead."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    places = {f"module {n or 'of the model itself'}": [getattr(m, k) for k in kinds] for n, m in model.named_modules()}
+    places |= {n: [p._backward_hooks, p._post_accumulate_grad_hooks] for n, p in model.named_parameters()}
+    for place, tables in places.items():
+        for hook in (hook for table in tables for hook in (table or {}).values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("transformers."):  # its own do nothing unasked
+                raise UnsupportedModelError(f"{type(model).__name__} has a hook on {place}; remove it, or use loss_fn")
 
 
 def tied_aliases(model: nn.Module) -> dict[str, str]:

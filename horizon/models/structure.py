@@ -100,7 +100,7 @@ def find_structure(model: nn.Module) -> Structure:
     """
     owner_path, list_name = _find_layer_list(model)
     owner = model.get_submodule(owner_path)
-    layers = tuple(owner._modules[list_name])  # type: ignore[arg-type]
+    layers = tuple(owner.get_submodule(list_name).children())
     failure: Exception | None = None
     for returns_tuple in (False, True):
         trace = _Trace(model, owner, list_name, layers, returns_tuple)

@@ -24,7 +24,7 @@ class _UncomputedLinear(torch.autograd.Function):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
@@ -41,7 +41,7 @@ def without_output(linear: nn.Linear | None) -> Iterator[None]:
     if linear is None:
         yield
         return
-    linear.__dict__["forward"] = lambda x: _UncomputedLinear.apply(x, linear.weight, linear.bias)
+    linear.__dict__["forward"] = lambda x: _UncomputedLinear.apply(x, linear.weight, linear.bias)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

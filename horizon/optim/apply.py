@@ -11,13 +11,17 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from typing import TypeAlias
 
 from torch import Tensor
 
+from horizon.errors import HorizonError
 from horizon.optim.updater import Updater
 from horizon.store.gradients import GradientBuffers
 from horizon.store.ledger import Ledger
 from horizon.stream.streams import Event
+
+Landings: TypeAlias = "queue.SimpleQueue[tuple[int, Event] | None]"  # None: the end
 
 
 class KeptUpdates:
@@ -52,16 +56,20 @@ class StreamedUpdates:
 
     def __init__(self, updater: Updater, buffers: GradientBuffers, ledger: Ledger) -> None:
         self._updater, self._buffers, self._ledger = updater, buffers, ledger
-        self._landings: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
+        self._landings: Landings = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loss: tuple[Tensor, Event] | None = None
-        self._step, self._lr = 0, 0.0
+        self.num_updates = 0  # of the step begun last; final after `finish`
 
     def begin(self, step: int, lr: float) -> None:
         """Take the gradients that land from now on as those of `step`."""
-        self._step, self._lr, self._loss = step, lr, None
-        self._thread = threading.Thread(target=self._watch, name="horizon-landings", daemon=True)
-        self._thread.start()
+        self._landings = queue.SimpleQueue()  # a new one: nothing that a failed step left is taken for this one's
+        self._loss, self.num_updates = None, 0
+        thread = threading.Thread(
+            target=self._watch, args=(self._landings, step, lr), name="horizon-landings", daemon=True
+        )
+        thread.start()
+        self._thread = thread
 
     def turned(self, loss: Tensor, event: Event) -> None:
         """`loss` (a host scalar) is valid after `event`; called before any gradient lands."""
@@ -72,23 +80,30 @@ class StreamedUpdates:
         self._landings.put((block, event))
 
     def finish(self) -> None:
-        """No gradient of this step will follow; returns when all of them were taken."""
-        self._landings.put(None)
+        """No gradient of this step will follow; returns when all of them were taken. May be called again."""
         if self._thread is not None:
+            self._landings.put(None)
             self._thread.join()
             self._thread = None
 
-    def _watch(self) -> None:
-        try:
-            while (landing := self._landings.get()) is not None:
-                block, event = landing
-                event.synchronize()
-                if self._loss_is_finite():
-                    self._updater.submit_block(block, self._step, self._lr)
-                else:
-                    self._buffers.release(block)
-        except BaseException as error:  # whoever waits for a version or a buffer must hear of it
-            self._ledger.fail(error)
+    def _watch(self, landings: Landings, step: int, lr: float) -> None:
+        while (landing := landings.get()) is not None:
+            block, event = landing
+            try:
+                self._take(block, event, step, lr)
+            except BaseException as error:  # whoever waits for a version or a buffer must hear of it
+                failure = HorizonError(f"the gradient of block {block} at step {step} did not land: {error!r}")
+                failure.__cause__ = error
+                self._ledger.fail(failure)
+                return
+
+    def _take(self, block: int, event: Event, step: int, lr: float) -> None:
+        event.synchronize()
+        if self._loss_is_finite():
+            self._updater.submit_block(block, step, lr)
+            self.num_updates += 1
+        else:
+            self._buffers.release(block)
 
     def _loss_is_finite(self) -> bool:
         if self._loss is None:

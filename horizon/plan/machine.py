@@ -10,8 +10,9 @@ import torch
 from horizon.config.schema import MemoryConfig
 from horizon.errors import ConfigError
 from horizon.plan.memory import Limits
-from horizon.units import GIB, parse_bytes
+from horizon.units import GIB, MIB, parse_bytes
 
+TYPICAL_CONTEXT = 640 * MIB  # where it cannot be measured, because it existed before Horizon looked
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
 
@@ -36,13 +37,33 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+_contexts: dict[int, int] = {}  # by device index: bytes of this process's CUDA context
+
+
 def prepare_device(device: torch.device) -> None:
-    """Create the CUDA context, so that it is counted, with an allocator that does not fragment where it can be set."""
-    if device.type == "cuda":
-        if not torch.cuda.is_initialized() and hasattr(torch._C, "_accelerator_setAllocatorSettings"):
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        torch.cuda.set_device(device)
-        torch.ones(1, device=device, requires_grad=True).sum().backward()  # autograd's thread has its context, too
+    """Create the CUDA context and measure it, with an allocator that does not fragment where it can be set."""
+    if device.type != "cuda" or device.index in _contexts:
+        return
+    fresh = not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    before = _used_bytes(device) if fresh else None
+    if fresh and hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    torch.cuda.set_device(device)
+    # A backward, because autograd's own thread needs its context, too.
+    torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+    after = _used_bytes(device)
+    if before is None or after is None:
+        _contexts[device.index] = TYPICAL_CONTEXT
+    else:
+        _contexts[device.index] = max(0, after - before - torch.cuda.memory_reserved(device))
+
+
+def _used_bytes(device: torch.device) -> int | None:
+    """Device memory in use by anyone, as NVML says, without creating a context; None where NVML is not available."""
+    try:
+        return int(torch.cuda.device_memory_used(device))
+    except (ImportError, ModuleNotFoundError, RuntimeError, AssertionError):
+        return None
 
 
 def process_bytes() -> int:
@@ -84,7 +105,4 @@ def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
 
 def context_bytes(device: torch.device) -> int:
     """Device memory that this process holds outside of torch's allocator: the CUDA context; 0 on CPU."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device))
+    return _contexts.get(device.index, 0) if device.type == "cuda" else 0

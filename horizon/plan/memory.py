@@ -16,6 +16,7 @@ from horizon.layout import BlockLayout
 from horizon.units import GIB, MIB, align_up, format_bytes
 
 STATE_BYTES = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
+PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
 
@@ -124,9 +125,9 @@ def gradient_slot_bytes(needs: MemoryNeeds) -> int:
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:
     """Raise BudgetError when a tier's planned bytes exceed its limit."""
-    for tier, limit, key in (
-        ("host", plan.limits.host, plan.limits.host_key),
-        ("device", plan.limits.device, plan.limits.device_key),
+    for tier, limit, key, slack in (
+        ("host", plan.limits.host, plan.limits.host_key, PROCESS_DRIFT),
+        ("device", plan.limits.device, plan.limits.device_key, 0),
     ):
         need = plan.num_bytes(tier)
         if need > limit:
@@ -137,7 +138,7 @@ def check_fits(plan: MemoryPlan, remedy: str) -> None:
             )
             raise BudgetError(
                 f"needs {format_bytes(need)} of {tier} memory ({parts}) but {format_bytes(limit)} is allowed, "
-                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {_round_up(need)} "
+                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {_round_up(need + slack)} "
                 f"(or use {remedy})"
             )
 
@@ -212,31 +213,35 @@ def boundary_sizes(offloaded: Iterable[int], tokens: Sequence[int], token_bytes:
     return {(block, m): num * token_bytes for block in offloaded for m, num in enumerate(tokens)}
 
 
+EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
+WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
+
+
 def choose_micro_batch(
     plan: MemoryPlan, batch_size: int, seq_len: int, token_bytes: int, working: WorkingSet, idle: Sequence[int]
 ) -> int:
-    """Rows per micro-batch, a divisor of `batch_size`: the most that cost no host memory of their own for activations.
+    """Rows per micro-batch, a divisor of `batch_size`: as many as fit without host memory of their own for activations.
 
-    Larger ones save launches and gradient sums, until the block at work pushes boundaries out to the host.
+    Large ones save launches and gradient sums, until the block at work pushes boundaries out to the host.
 
     Raises:
         BudgetError: not even one row fits.
     """
-    least: tuple[int, int] | None = None
-    for rows in (r for r in range(batch_size, 0, -1) if batch_size % r == 0):
-        tokens = [rows * seq_len] * (batch_size // rows)
+    divisors = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0]
+    best: tuple[tuple[bool, int, int], int] | None = None
+    for rows in divisors:
         try:
-            cost = plan_activations(plan, tokens, token_bytes, working, idle).host_bytes
+            planned = plan_activations(plan, [rows * seq_len] * (batch_size // rows), token_bytes, working, idle)
         except BudgetError:
-            if rows == 1 and least is None:
+            if rows == 1:
                 raise
-            continue
-        if least is None or cost < least[0]:
-            least = cost, rows
-        if cost == 0:
-            break
-    assert least is not None
-    return least[1]
+            break  # more rows need more
+        too_small = rows * seq_len < EFFICIENT_TOKENS and rows < batch_size
+        rank = too_small, planned.host_bytes // WORTHWHILE, -rows
+        if best is None or rank < best[0]:
+            best = rank, rows
+    assert best is not None
+    return best[1]
 
 
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch

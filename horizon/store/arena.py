@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,10 @@ class Arena:
         if self.pinned:
             flat.zero_()  # first touch by all cores; registration alone would fault pages in on one
             self._register(flat, purpose)
-        return list(flat[: sum(sizes)].split(sizes))
+        return list(torch.split(flat[: sum(sizes)], sizes))
 
     def _register(self, flat: Tensor, purpose: str) -> None:
-        status = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 1)  # 1: portable
+        status = _cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 1)  # 1: portable
         if int(status) != 0:
             raise BudgetError(
                 f"CUDA refuses to register {format_bytes(flat.numel())} of host memory for {purpose} (status "
@@ -83,12 +84,17 @@ class Arena:
     def close(self) -> None:
         """Unregister and unmap. Idempotent; views must no longer be used."""
         for pointer in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(pointer)
+            _cudart().cudaHostUnregister(pointer)
         self._registered.clear()
         self.regions, self._views = [], []
         for mapping in self._mappings:
-            _release(mapping)
+            # The pages go now, the address range with its last view: closing it would not ask whether one is alive.
+            mapping.madvise(mmap.MADV_DONTNEED)
         self._mappings.clear()
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _pieces(sizes: list[int]) -> list[list[int]]:
@@ -100,11 +106,3 @@ def _pieces(sizes: list[int]) -> list[list[int]]:
         else:
             pieces.append([size])
     return pieces
-
-
-def _release(mapping: mmap.mmap) -> None:
-    try:
-        mapping.close()
-    except BufferError:
-        # A view is still alive somewhere: give the pages back now, the address range when it dies.
-        mapping.madvise(mmap.MADV_DONTNEED)

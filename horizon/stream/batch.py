@@ -7,7 +7,7 @@ trained), optionally `attention_mask` and `position_ids`. Everything is checked 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class MicroBatch:
 
     inputs: dict[str, Tensor]  # for the model's forward
     targets: Tensor  # [rows, tokens]: the token each position predicts, or IGNORED
-    num_tokens: int  # trained tokens
+    num_tokens: int  # trained tokens; where no label of the step is trained (custom losses), all of them
     batch: dict[str, Tensor]  # everything the user gave, for custom losses
 
     @property
@@ -38,52 +38,81 @@ Batch = Mapping[str, Tensor]
 
 
 def to_micro_batches(
-    batch: Batch | Sequence[Batch], device: torch.device, vocab_size: int, *, need_labels: bool = True
+    batch: Batch | Sequence[Batch],
+    device: torch.device,
+    vocab_size: int,
+    *,
+    max_positions: int | None = None,
+    need_labels: bool = True,
 ) -> list[MicroBatch]:
     """Check a step's batch, or list of micro-batches, and move it to `device`.
+
+    Args:
+        max_positions: rows of the model's table of positions, if it has one: on a GPU a look-up outside of it would
+            end the process's use of the device.
 
     Raises:
         BatchError: naming the micro-batch and what is wrong with it.
     """
-    batches = [batch] if isinstance(batch, Mapping) else list(batch)
+    batches = [batch] if isinstance(batch, Mapping) else batch
+    if not isinstance(batches, Sequence):
+        raise BatchError(f"a batch is a dict of tensors or a list of such dicts, got a {type(batch).__name__}")
     if not batches:
         raise BatchError("the step has no micro-batch")
-    checked = [_checked(b, i, vocab_size, need_labels) for i, b in enumerate(batches)]
+    checked = [_checked(b, f"micro-batch {i}", need_labels) for i, b in enumerate(batches)]
+    for i, tensors in enumerate(checked):
+        _check_values(tensors, f"micro-batch {i}", vocab_size, max_positions)
     micro_batches = [_on_device(b, device) for b in checked]
-    if need_labels and sum(m.num_tokens for m in micro_batches) == 0:
+    if any(m.num_tokens for m in micro_batches):
+        return micro_batches
+    if need_labels:
         raise BatchError("no token of the batch is trained: every label that has a token before it is -100")
-    return micro_batches
+    return [replace(m, num_tokens=m.targets.numel()) for m in micro_batches]
 
 
-def _checked(batch: Batch, index: int, vocab_size: int, need_labels: bool) -> dict[str, Tensor]:
-    where = f"micro-batch {index}"
-    required = ("input_ids", "labels") if need_labels else ("input_ids",)
-    for key in required:
-        if key not in batch:
-            raise BatchError(f"{where} has no {key!r}; found {sorted(batch)}")
-    tokens = batch["input_ids"]
+def _checked(batch: Batch, where: str, need_labels: bool) -> dict[str, Tensor]:
+    """The batch's tensors, of the right kinds and shapes, ids as int64."""
+    if not isinstance(batch, Mapping):
+        raise BatchError(f"{where} is a {type(batch).__name__}, expected a dict of tensors")
+    tensors = {key: value for key, value in batch.items() if value is not None}
+    for key in ("input_ids", "labels") if need_labels else ("input_ids",):
+        if key not in tensors:
+            raise BatchError(f"{where} has no {key!r}; found {sorted(tensors)}")
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise BatchError(f"{where}: {key} is a {type(value).__name__}, expected a tensor")
+    tokens = tensors["input_ids"]
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise BatchError(f"{where}: input_ids has shape {tuple(tokens.shape)}, expected [rows, tokens]")
-    for key in ("labels", "attention_mask", "position_ids"):
-        value = batch.get(key)
-        if value is not None and value.shape != tokens.shape:
-            raise BatchError(f"{where}: {key} has shape {tuple(value.shape)}, input_ids {tuple(tokens.shape)}")
-    _check_range(batch["input_ids"], where, "input_ids", vocab_size, 0)
-    if "labels" in batch:
-        trained = batch["labels"][batch["labels"] != IGNORED]
-        _check_range(trained, where, "labels", vocab_size, 0)
-    return {key: value for key, value in batch.items() if value is not None}
+    for key in tensors.keys() & {*INPUTS, "labels"}:
+        if tensors[key].shape != tokens.shape:
+            raise BatchError(f"{where}: {key} has shape {tuple(tensors[key].shape)}, input_ids {tuple(tokens.shape)}")
+    for key in tensors.keys() & {"input_ids", "labels", "position_ids"}:
+        dtype = tensors[key].dtype
+        if dtype is torch.bool or dtype.is_floating_point or dtype.is_complex:
+            raise BatchError(f"{where}: {key} holds {dtype}, expected integers")
+        tensors[key] = tensors[key].long()
+    return tensors
 
 
-def _check_range(values: Tensor, where: str, key: str, vocab_size: int, low: int) -> None:
+def _check_values(tensors: Mapping[str, Tensor], where: str, vocab_size: int, max_positions: int | None) -> None:
+    tokens, labels = tensors["input_ids"], tensors.get("labels")
+    vocabulary = f"the model's vocabulary of {vocab_size}"
+    _check_range(tokens, vocab_size, f"{where}: input_ids holds token", vocabulary)
+    if labels is not None:
+        _check_range(labels[labels != IGNORED], vocab_size, f"{where}: labels holds token", vocabulary)
+    if "position_ids" in tensors:
+        _check_range(tensors["position_ids"], max_positions, f"{where}: position_ids holds", "the model's positions")
+    elif max_positions is not None and tokens.shape[1] > max_positions:
+        raise BatchError(f"{where}: rows of {tokens.shape[1]} tokens, but the model has {max_positions} positions")
+
+
+def _check_range(values: Tensor, end: int | None, what: str, allowed: str) -> None:
     if values.numel() == 0:
         return
-    if values.dtype.is_floating_point:
-        raise BatchError(f"{where}: {key} holds {values.dtype}, expected integers")
     smallest, largest = (int(v) for v in torch.aminmax(values))
-    if smallest < low or largest >= vocab_size:
-        bad = smallest if smallest < low else largest
-        raise BatchError(f"{where}: {key} holds token {bad}, outside the model's vocabulary of {vocab_size}")
+    if smallest < 0 or (end is not None and largest >= end):
+        raise BatchError(f"{what} {smallest if smallest < 0 else largest}, outside {allowed}")
 
 
 def _on_device(batch: dict[str, Tensor], device: torch.device) -> MicroBatch:

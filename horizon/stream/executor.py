@@ -135,7 +135,7 @@ class Executor:
     @torch.no_grad()
     def first_non_finite(self, batches: Sequence[MicroBatch], version: int) -> int | None:
         """The first block whose output is not finite, from a forward pass that looks; None if all are."""
-        self._weights.begin([0, *range(1, self._head)], version)
+        self._weights.begin(list(range(self._head + 1)), version)
         self._model.train(True)
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
@@ -144,7 +144,9 @@ class Executor:
                 hidden = self._forward_block(block, params, batches, hidden, calls)
             if not all(bool(h.isfinite().all()) for h in hidden):
                 return block
-        return None
+        with self._visit() as (block, params):
+            finite = all(self._head_loss.is_finite(params, h, b) for h, b in zip(hidden, batches, strict=True))
+        return None if finite else block
 
     def rehearse_layers(self, batches: Sequence[MicroBatch], version: int) -> None:
         """Forward and backward of one layer of each kind, gradients dropped: for measuring what a layer takes."""
@@ -285,13 +287,13 @@ class Executor:
         """Hand the parameter gradients over; return the gradient of `hidden` where it is needed."""
         names = [name for name, leaf in leaves.items() if leaf.requires_grad]
         inputs = [leaves[n] for n in names]
-        wants_hidden = hidden is not None and hidden.requires_grad
-        if wants_hidden:
+        num_parameters = len(inputs)
+        if hidden is not None and hidden.requires_grad:
             inputs.append(hidden)
         grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
         assert self.gradients is not None
         self.gradients.add(dict(zip(names, grads, strict=False)))
-        return grads[-1] if wants_hidden else None
+        return grads[-1] if len(grads) > num_parameters else None
 
     @contextmanager
     def _visit(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
@@ -326,8 +328,6 @@ def _divisors(batches: Sequence[MicroBatch], share: float, custom: bool) -> list
     weights = [b.num_tokens for b in batches]
     if not custom:
         return [sum(weights) / share] * len(batches)
-    if not any(weights):  # no labels: every token counts
-        weights = [b.targets.numel() for b in batches]
     return [sum(weights) / (share * w) if w else math.inf for w in weights]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ def custom_loss(loss_fn: LossFn, logits: Tensor, micro_batch: MicroBatch) -> Ten
     return loss.reshape(())
 
 
+def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of `wanted`, hidden states first; None for a parameter that took no part."""
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None]
+    if grads[0] is None:
+        raise BatchError("the result of loss_fn does not depend on the logits, so there is nothing to train on")
+    return grads
+
+
 class HeadLoss:
     """Loss and gradients of the head block.
 
@@ -96,7 +105,7 @@ class HeadLoss:
                 part = part / divisor
             del logits
             wanted = [leaf, *(leaves[n] for n in self._trainable)]
-            grads = torch.autograd.grad(part, wanted, allow_unused=True)
+            grads = _gradients(part, wanted)
             add(dict(zip(self._trainable, grads[1:], strict=True)))
             grad_hidden.view(-1, hidden.shape[-1])[span].copy_(grads[0].view(-1, hidden.shape[-1]))
             loss += part.detach()
@@ -112,3 +121,8 @@ class HeadLoss:
         for _, states, targets in chunks(hidden, batch.targets, self.chunk):
             total += cross_entropy_sum(self._model.logits(params, states), targets)
         return total
+
+    def is_finite(self, params: Mapping[str, Tensor], hidden: Tensor, batch: MicroBatch) -> bool:
+        """Whether no logit of a micro-batch is NaN or +inf (a masked-out one may be -inf)."""
+        pieces = chunks(hidden, batch.targets, self.chunk)
+        return all(bool(self._model.logits(params, states).amax() < math.inf) for _, states, _ in pieces)

@@ -37,9 +37,8 @@ def measure_working_set(executor: Executor, seq_len: int, version: int) -> Worki
 
 def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> WorkingSet:
     executor.rehearse_layers(_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
-    few, many = (
-        _peak(lambda r=r: executor.rehearse_layers(_batch(executor, r, seq_len), version)) for r in (rows, 2 * rows)
-    )
+    few = _peak(lambda: executor.rehearse_layers(_batch(executor, rows, seq_len), version))
+    many = _peak(lambda: executor.rehearse_layers(_batch(executor, 2 * rows, seq_len), version))
     head = _peak(lambda: executor.rehearse_head(version))
     torch.cuda.empty_cache()
     per_token = max(0, many - few) // (rows * seq_len)

@@ -63,7 +63,8 @@ class Streams:
         """Streams for `device`; compute is the device's current stream, so that user code stays ordered with it."""
         if device.type != "cuda":
             return cls(device, HostStream(), HostStream(), HostStream())
-        return cls(device, torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device))
+        fetch, drain = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        return cls(device, torch.cuda.current_stream(device), fetch, drain)
 
     def running(self, stream: Stream) -> AbstractContextManager[Any]:
         """Kernels and copies issued while open go to `stream`."""

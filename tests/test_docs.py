@@ -1,0 +1,110 @@
+"""What the documents say is what the code does: settings, commands, links, and the README's script."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from horizon.config.compose import compose
+from horizon.config.schema import HorizonConfig
+from horizon.data.tokenizer import byte_tokenizer
+from horizon.records import StepRow
+from tests.parity.reference import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, CONFIGURATION = ((ROOT / name).read_text() for name in ("README.md", "docs/configuration.md"))
+
+
+def fenced(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def table(text, heading):
+    """First cell -> second cell of the first table after `heading`, as they are written."""
+    rows = re.search(r"((?:^\|.*\n)+)", text[text.index(heading) :], re.MULTILINE)[1].splitlines()[2:]
+    return {cells[1].strip(" `"): cells[2].strip() for cells in (row.split("|") for row in rows)}
+
+
+def settings_of(node, prefix=""):
+    """Every key of the schema and its default as YAML writes it."""
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from settings_of(value, key + ".")
+        else:
+            yield key, OmegaConf.to_yaml([value]).removeprefix("- ").strip() if not isinstance(value, list) else "[]"
+
+
+def test_every_setting_is_listed_with_its_default():
+    listed = {}
+    for section in ("### model", "### data", "### optim", "### train", "### memory", "### top level"):
+        listed |= {key: default.strip("`") for key, default in table(CONFIGURATION, section).items()}
+    assert listed == dict(settings_of(HorizonConfig())) | {"model.config": "tiny_llama's"}
+
+
+def test_every_option_of_a_group_is_listed():
+    listed = {
+        group: set(re.findall(r"`(\w+)`", options)) for group, options in table(CONFIGURATION, "## Groups").items()
+    }
+    folders = [folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()]
+    assert listed == {folder.name: {path.stem for path in folder.iterdir()} for folder in folders}
+
+
+def test_every_field_of_the_metrics_is_listed():
+    assert list(table(CONFIGURATION, "Fields of")) == [field.name for field in dataclasses.fields(StepRow)]
+
+
+def commands():
+    for page in PAGES:
+        for block in fenced("bash", page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] in (["horizon", "train"], ["horizon", "check"]) and "--config-dir" not in words:
+                    yield pytest.param(words[2:], id=f"{page.name}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_the_settings_in_every_command_exist(words):
+    overrides = [word for word in words if "=" in word]
+    compose([key + "=" + value.split(",")[0] for key, value in (word.split("=", 1) for word in overrides)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+def test_the_readme_names_the_architectures_that_the_tests_train():
+    listed = re.search(r"Trained in the tests.*?:(.*?)\n\n", README, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == {family.split(",")[0] for family in FAMILIES}
+
+
+def test_the_readmes_script_runs(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "my-model")
+    (tmp_path / "my-text.txt").write_text("some text to learn from\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    (script,) = fenced("python", README)
+    exec(compile(script, "README.md", "exec"), {})
+    assert len(re.findall(r"loss \d\.\d{3}, gradient norm", capsys.readouterr().out)) == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(name) for name in ("my-model", "my-model-tuned"))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)

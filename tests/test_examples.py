@@ -1,0 +1,61 @@
+"""Each example does what it shows, in fewer steps than it takes on its own."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_loop_learns(capsys):
+    losses = load("own_loop").main(steps=20, device="cpu")
+    assert losses[0] == pytest.approx(math.log(256), abs=0.4)
+    assert losses[-1] < losses[0] - 1.5
+    shown = capsys.readouterr().out
+    assert "4 blocks, 434,816 parameters" in shown
+    assert "step 20: loss" in shown
+    assert "    def " in shown
+
+
+def test_finetune_folder_gives_back_a_folder_that_learned(tmp_path):
+    before, after = load("finetune_folder").main(tmp_path, steps=25, device="cpu")
+    assert before == pytest.approx(math.log(256), abs=0.2)
+    assert after < before - 1
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} >= {"config.json", "model.safetensors"}
+
+
+def test_sft_messages_learns_the_answers_and_trains_on_nothing_else(tmp_path, capsys):
+    example = load("sft_messages")
+    assert example.main(tmp_path, steps=60, device="cpu") == example.FACTS
+    (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained on")]
+    replies = trained.partition("'")[2].rstrip("'").split("<|im_end|>")
+    assert replies.pop() == ""
+    assert replies and set(replies) <= set(example.FACTS.values())
+
+
+def test_gradient_accumulation_gives_one_step_in_three_ways(capsys):
+    differences = load("gradient_accumulation").main(device="cpu")
+    assert set(differences) == {"one batch", "added up"}
+    assert all(difference < 1e-5 for difference in differences.values())
+    assert "over 372 tokens" in capsys.readouterr().out  # 4 rows x (47 + 38 + 8) predicted tokens
+
+
+def test_custom_loss_brings_the_student_nearer():
+    before, after = load("custom_loss").main(steps=30, device="cpu")
+    assert 0 < after < 0.97 * before
+
+
+def test_every_example_is_short_and_run_here():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    text = Path(__file__).read_text()
+    assert names and all(f'load("{name}")' in text for name in names)
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100 for name in names)
