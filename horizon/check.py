@@ -41,7 +41,7 @@ class CheckReport:
     def __str__(self) -> str:
         return (
             f"{self.architecture}: ok, {self.num_layers} layers streamed against plain autograd; {self.num_parameters} "
-            f"gradients by name, worst {self.worst_gradient} off by {self.worst_difference:.1e} of its largest element; "
+            f"gradients by name, worst {self.worst_gradient} off by {self.worst_difference:.1e} of its largest; "
             f"{'keeps packed documents apart' if self.packs else 'cannot pack documents: set data.packing=false'}"
         )
 

@@ -27,22 +27,12 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
+from horizon.records import StepResult
 from horizon.runtime import Runtime, build_runtime
 from horizon.stream.batch import Batch, MicroBatch, to_micro_batches
 from horizon.stream.head import LossFn
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    loss: float  # mean over trained tokens (or the custom loss)
-    grad_norm: float  # global L2 norm before clipping
-    num_tokens: int  # trained tokens
-    seconds: float
-    skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
 
 
 @dataclass(slots=True)
@@ -269,7 +259,7 @@ class Engine:
             raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
         self._runtime.wait_for_updates()
         skeleton, read = self._runtime.model.skeleton, self._runtime.store.read_master
-        export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)  # type: ignore[arg-type]
+        export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)
 
     # ---- facts
 
@@ -310,18 +300,18 @@ class Engine:
         """Device memory this process has taken at its peak; on CPU, the slots that stand in for it."""
         return self._runtime.device_bytes()
 
-    def plan_micro_batch(self, batch_size: int, seq_len: int) -> int:
-        """The most rows per micro-batch that fit the device budget for steps of `batch_size` rows.
+    def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None = None) -> int:
+        """Plan steps of `batch_size` rows; `plan` then includes their activations.
+
+        Returns:
+            rows per micro-batch: `rows`, or what suits the device budget best.
 
         Raises:
-            BudgetError: not even one row fits.
+            BudgetError: they do not fit; without `rows`, not even one row does.
             ConfigError: the model has no positions for rows of that length.
         """
         self._require_open()
-        limit = self._runtime.model.max_positions
-        if limit is not None and seq_len > limit:
-            raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
-        return self._runtime.plan_micro_batch(batch_size, seq_len)
+        return self._runtime.plan_micro_batch(batch_size, seq_len, rows)
 
     # ---- life
 

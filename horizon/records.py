@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float  # mean over trained tokens (or the custom loss)
+    grad_norm: float  # global L2 norm before clipping
+    num_tokens: int  # trained tokens
+    seconds: float
+    skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
     """One optimizer step, one line of `metrics.jsonl`. NaN and infinities are written as null."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,14 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.apply import KeptUpdates, StreamedUpdates
 from horizon.optim.threads import default_num_threads
 from horizon.optim.updater import Updater, UpdateStates
-from horizon.plan.machine import context_bytes, memory_limits, prepare_device, process_bytes, resolve_device
+from horizon.plan.machine import (
+    context_bytes,
+    framework_bytes,
+    memory_limits,
+    prepare_device,
+    process_bytes,
+    resolve_device,
+)
 from horizon.plan.memory import (
     RING_BUFFERS,
     MemoryNeeds,
@@ -44,7 +51,7 @@ from horizon.stream.batch import MicroBatch
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.measure import measure_working_set
+from horizon.stream.measure import measure_working_set, measured_rows
 from horizon.stream.streams import Streams
 from horizon.units import MIB, format_bytes
 
@@ -66,9 +73,8 @@ class Runtime:
         self.model, self.plan, self.device = model, plan, device
         self._needs = needs
         self._pin = device.type == "cuda"
-        self._working: dict[int, WorkingSet] = {}
+        self._working: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self.version = 0
-        self._context_bytes = needs.device_overhead
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(_lift_device_limit, device)
             _limit_device(device, plan.limits.device)
@@ -102,13 +108,13 @@ class Runtime:
     def load(self, weights: Any, seed: int) -> None:
         """Fill the store: from a folder, from a live model, or (None) with random values."""
         if isinstance(weights, Path):
-            import_weights(weights, self.model.skeleton, self.store.write_master)  # type: ignore[arg-type]
+            import_weights(weights, self.model.skeleton, self.store.write_master)
             return
         if weights is not None:
             for name, parameter in weights.named_parameters():
                 self.store.write_master(name, parameter)
             return
-        for name, value in init_parameters(self.model.skeleton, device=self.device, seed=seed):  # type: ignore[arg-type]
+        for name, value in init_parameters(self.model.skeleton, device=self.device, seed=seed):
             self.store.write_master(name, value)
 
     # ---- a step
@@ -122,12 +128,12 @@ class Runtime:
         try:
             loss = self.executor.train(batches, self.version, boundaries, self._streamed, seed=seed, loss_fn=loss_fn)
             self._streamed.finish()
+            self.raise_if_failed()
+            if self._streamed.num_updates:
+                self.version = step
         except BaseException as error:
             self._abandon(step, error)
             raise
-        self.store.ledger.raise_if_failed()
-        if self._streamed.num_updates:
-            self.version = step
         return loss
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
@@ -227,16 +233,22 @@ class Runtime:
 
     # ---- memory
 
-    def plan_micro_batch(self, batch_size: int, seq_len: int) -> int:
-        """Rows per micro-batch for steps of `batch_size` rows."""
-        working, idle = self._working_set(seq_len), self._idle_bytes(self.buffers.kept)
+    def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None) -> int:
+        """Rows per micro-batch for steps of `batch_size` rows, `rows` if given; the plan then includes activations."""
+        limit = self.model.max_positions
+        if limit is not None and seq_len > limit:
+            raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
+        working, idle = self._working_set(seq_len, rows or batch_size), self._idle_bytes(self.buffers.kept)
         fixed = self.plan.with_activations(())
-        return choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes(), working, idle)
+        rows = rows or choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes(), working, idle)
+        tokens = [min(rows, batch_size - start) * seq_len for start in range(0, batch_size, rows)]
+        self.plan = fixed.with_activations(plan_activations(fixed, tokens, self._token_bytes(), working, idle).lines)
+        return rows
 
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device) + self._context_bytes
+            return torch.cuda.max_memory_reserved(self.device) + context_bytes(self.device)
         return self.plan.num_bytes("device")
 
     def close(self) -> None:
@@ -253,14 +265,12 @@ class Runtime:
                     f"({error!r}): load the last saved model; with optim.max_grad_norm set such a step can be repeated"
                 )
             )
-        with suppress(HorizonError):  # a failure of the updates is what the next call raises
-            self._updater.wait()
-            self.buffers.reset()
 
     def _boundaries(self, batches: Sequence[MicroBatch], borrow: bool) -> Boundaries:
         shapes = [b.shape for b in batches]
         tokens = [rows * length for rows, length in shapes]
-        working = self._working_set(max(length for _, length in shapes))
+        seq_len = max(length for _, length in shapes)
+        working = self._working_set(seq_len, -(-max(tokens) // seq_len))
         idle = self._idle_bytes(borrow)
         fixed = self.plan.with_activations(())
         planned = plan_activations(fixed, tokens, self._token_bytes(), working, idle)
@@ -277,12 +287,13 @@ class Runtime:
         lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
         return [0 if lay.index in lent else lay.num_trainable * self.buffers.dtype.itemsize for lay in layouts]
 
-    def _working_set(self, seq_len: int) -> WorkingSet:
+    def _working_set(self, seq_len: int, max_rows: int) -> WorkingSet:
         if self.device.type != "cuda":
             return WorkingSet(0, 0, 0)  # the stand-in has no memory of its own for kernels
-        if seq_len not in self._working:
-            self._working[seq_len] = self.guarded(lambda: measure_working_set(self.executor, seq_len, self.version))
-        return self._working[seq_len]
+        key = seq_len, measured_rows(seq_len, max_rows)
+        if key not in self._working:
+            self._working[key] = self.guarded(lambda: measure_working_set(self.executor, *key, self.version))
+        return self._working[key]
 
     def _token_bytes(self) -> int:
         return self.model.hidden_size * self._needs.compute_dtype.itemsize
@@ -337,7 +348,7 @@ def build_runtime(
     prepare_device(target)
     model.to(target)
     limits = memory_limits(memory, target)
-    overhead = context_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
+    overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
     runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads)
     try:

@@ -89,7 +89,7 @@ class Trainer:
         train, shuffle = self.config.train, self.config.data.shuffle
         if self.config.data.packing and not engine.packs_documents:
             raise ConfigError("this architecture cannot keep packed documents apart; set data.packing=false")
-        micro_batch = train.micro_batch or engine.plan_micro_batch(train.batch_size, train.seq_len)
+        micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
         loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
         held_out = validation_batches(data, train.eval_rows, micro_batch)
         print(engine.plan.table(), flush=True)

@@ -116,7 +116,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
     with engine:
         for tokens in args.tokens:
             rows = tokens // args.seq_len
-            micro_batch = args.micro_batch or engine.plan_micro_batch(rows, args.seq_len)
+            micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
             seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps)
             print(engine.plan.table(), flush=True)

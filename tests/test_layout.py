@@ -16,7 +16,7 @@ def owner(specs):
     return place_block(0, "owner", [ParamSpec(f"o{i}", f"o{i}", s.shape, s.trainable) for i, s in enumerate(specs)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SPECS, SPECS)
 def test_every_parameter_has_one_place_and_no_two_overlap(specs, lent):
     borrowed = [(f"alias{i}", 0, param) for i, param in enumerate(owner(lent).params)]
@@ -29,7 +29,7 @@ def test_every_parameter_has_one_place_and_no_two_overlap(specs, lent):
     assert all(end <= layout.num_slot_elements for _, end, _ in ranges)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SPECS, SPECS)
 def test_trainable_frozen_and_borrowed_parameters_stand_in_this_order_in_whole_pages(specs, lent):
     borrowed = [(f"alias{i}", 0, param) for i, param in enumerate(owner(lent).params)]

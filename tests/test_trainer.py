@@ -41,7 +41,7 @@ class FakeEngine:
     def __exit__(self, *error):
         self.closed = True
 
-    def plan_micro_batch(self, batch_size, seq_len):
+    def plan_micro_batch(self, batch_size, seq_len, rows=None):
         return 3
 
     def step(self, batches):

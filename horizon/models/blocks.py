@@ -122,9 +122,8 @@ class BlockModel:
             hidden states [B, T, H], and for every layer what the model calls it with.
         """
         log: list[tuple[Tensor, Call]] = []
-        with self._bindings[0].bound(params), tapped(self.structure, log):
-            with suppress(LastLayerReached):
-                self.skeleton(**inputs, use_cache=False)
+        with self._bindings[0].bound(params), tapped(self.structure, log), suppress(LastLayerReached):
+            self.skeleton(**inputs, use_cache=False)
         return log[0][0], [call for _, call in log]
 
     def layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:

@@ -13,6 +13,7 @@ from horizon.plan.memory import Limits
 from horizon.units import GIB, MIB, parse_bytes
 
 TYPICAL_CONTEXT = 640 * MIB  # where it cannot be measured, because it existed before Horizon looked
+ALLOCATOR_SLACK = 384 * MIB
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
 
@@ -106,3 +107,8 @@ def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
 def context_bytes(device: torch.device) -> int:
     """Device memory that this process holds outside of torch's allocator: the CUDA context; 0 on CPU."""
     return _contexts.get(device.index, 0) if device.type == "cuda" else 0
+
+
+def framework_bytes(device: torch.device) -> int:
+    """Device memory that goes to no block: the CUDA context, and what the allocator loses to rounding; 0 on CPU."""
+    return context_bytes(device) + ALLOCATOR_SLACK if device.type == "cuda" else 0

@@ -31,9 +31,6 @@ class GradientBuffers(Protocol):
     def release(self, block: int) -> None:
         """The block's gradient is no longer needed."""
 
-    def reset(self) -> None:
-        """After a failed step, nobody using a buffer any more: forget its gradients."""
-
     def fail(self, error: BaseException) -> None:
         """Wake whoever waits for a buffer: none will come."""
 
@@ -59,9 +56,6 @@ class KeptGradients:
         return self._buffers[block]
 
     def release(self, block: int) -> None:
-        pass
-
-    def reset(self) -> None:
         pass
 
     def fail(self, error: BaseException) -> None:
@@ -109,11 +103,6 @@ class RingGradients:
                 raise HorizonError(f"gradient buffer of block {block} was released twice")
             self._free.append(self._claimed.pop(block))
             self._changed.notify_all()
-
-    def reset(self) -> None:
-        with self._changed:
-            self._free += self._claimed.values()
-            self._claimed = {}
 
     def fail(self, error: BaseException) -> None:
         with self._changed:

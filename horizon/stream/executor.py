@@ -166,14 +166,15 @@ class Executor:
                     wanted = [states, *(leaf for leaf in leaves.values() if leaf.requires_grad)]
                     torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
 
-    def rehearse_head(self, version: int) -> None:
-        """Forward and backward of one full chunk of the head, gradients dropped."""
+    def rehearse_head(self, num_tokens: int, version: int) -> None:
+        """Forward and backward of the head's first chunk of `num_tokens` tokens, gradients dropped."""
         self._weights.begin([self._head], version)
-        tokens = torch.zeros(1, self._head_loss.chunk, dtype=torch.long, device=self.device)
+        num_tokens = min(num_tokens, self._head_loss.chunk)
+        tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=self.device)
         batch = MicroBatch({"input_ids": tokens}, tokens, tokens.numel(), {})
         with self._visit() as (_, params):
             dtype = next(iter(params.values())).dtype
-            hidden = self._streams.empty(1, self._head_loss.chunk, self._model.hidden_size, dtype=dtype).normal_()
+            hidden = self._streams.empty(1, num_tokens, self._model.hidden_size, dtype=dtype).normal_()
             self._head_loss.backward(params, hidden, batch, 1.0, lambda gradients: None)
 
     def reset(self) -> None:

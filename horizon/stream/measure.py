@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from horizon.stream.executor import Executor
 
 
-TOKENS = 8192  # enough that activations, not parameter gradients, make the peak
+TOKENS = 16384  # enough that activations, not parameter gradients, make the peak
 
 
-def measure_working_set(executor: Executor, seq_len: int, version: int) -> WorkingSet:
+def measured_rows(seq_len: int, max_rows: int) -> int:
+    """Rows that a measurement runs at most: no more than any micro-batch will have, and no more than it takes."""
+    return min(max_rows, max(2, TOKENS // seq_len))
+
+
+def measure_working_set(executor: Executor, seq_len: int, rows: int, version: int) -> WorkingSet:
     """Peak device bytes of a block's recompute and backward, as a line in the micro-batch's tokens.
 
-    Runs every kind of layer with some rows of `seq_len` tokens and with twice as many, and a full chunk of the head,
-    which does not grow with the micro-batch; CUDA only. Where the budget has no room for that, with single rows.
+    Runs every kind of layer with `rows` rows of `seq_len` tokens and with half as many, and a chunk of the head, which
+    does not grow with the micro-batch; CUDA only. Where the budget has no room for that, with a single row.
     """
     try:
-        return _measure(executor, max(1, TOKENS // seq_len), seq_len, version)
+        return _measure(executor, rows, seq_len, version)
     except torch.cuda.OutOfMemoryError:
         executor.reset()
         torch.cuda.empty_cache()
@@ -37,12 +42,14 @@ def measure_working_set(executor: Executor, seq_len: int, version: int) -> Worki
 
 def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> WorkingSet:
     executor.rehearse_layers(_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
-    few = _peak(lambda: executor.rehearse_layers(_batch(executor, rows, seq_len), version))
-    many = _peak(lambda: executor.rehearse_layers(_batch(executor, 2 * rows, seq_len), version))
-    head = _peak(lambda: executor.rehearse_head(version))
+    many = _peak(lambda: executor.rehearse_layers(_batch(executor, rows, seq_len), version))
+    few, half = 0, rows // 2
+    if half:
+        few = _peak(lambda: executor.rehearse_layers(_batch(executor, half, seq_len), version))
+    head = _peak(lambda: executor.rehearse_head(rows * seq_len, version))
     torch.cuda.empty_cache()
-    per_token = max(0, many - few) // (rows * seq_len)
-    return WorkingSet(base=max(0, few - per_token * rows * seq_len), per_token=per_token, least=head)
+    per_token = max(0, many - few) // ((rows - half) * seq_len)
+    return WorkingSet(base=max(0, many - per_token * rows * seq_len), per_token=per_token, least=head)
 
 
 def _batch(executor: Executor, rows: int, seq_len: int) -> list[MicroBatch]:

@@ -16,7 +16,7 @@ from tests.gpu.models import DEVICE, EAGER, batches, differing, engine, gradient
 
 pytestmark = pytest.mark.gpu
 
-CYCLES = 4_000_000  # about two milliseconds
+CYCLES = 40_000_000  # about twenty milliseconds, longer than it takes to launch the kernels of two blocks
 VOCAB = 512
 LARGE = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,

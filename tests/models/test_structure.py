@@ -120,6 +120,12 @@ def skip_connections(m, h):
     return m.norm(h)
 
 
+def scaled_between_layers(m, h):
+    for i, layer in enumerate(m.layers):
+        h = layer(2 * h if i == 1 else h)
+    return m.norm(h)
+
+
 def every_layer_twice(m, h):
     for layer in (*m.layers, *m.layers):
         h = layer(h)
@@ -163,7 +169,15 @@ def test_of_two_lists_the_one_with_more_parameters_holds_the_layers():
 
 
 @pytest.mark.parametrize(
-    "walk", [skip_connections, every_layer_twice, only_two_layers, a_branch_beside_the_norm, scaled_after_the_norm]
+    "walk",
+    [
+        skip_connections,
+        scaled_between_layers,
+        every_layer_twice,
+        only_two_layers,
+        a_branch_beside_the_norm,
+        scaled_after_the_norm,
+    ],
 )
 def test_layers_that_are_no_chain_are_refused(walk):
     model = Toy(walk)

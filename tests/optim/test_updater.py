@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horizon.errors import HorizonError, NonFiniteError
+from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW, step_scalars, update_torch
 from horizon.optim.chunks import cut_chunks
 from horizon.optim.updater import Updater, UpdateStates
-from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
 
