@@ -59,7 +59,7 @@ def check_model(model: ModelConfig) -> CheckReport:
         config = load_config(source.folder, model.trust_remote_code)
     else:
         config = load_config({"vocab_size": 256, **model.config}, model.trust_remote_code)
-    return run_check(config, model.trust_remote_code)
+    return ensure_supported(config, model.trust_remote_code)
 
 
 def ensure_supported(config: Any, trust_remote_code: bool = False) -> CheckReport:

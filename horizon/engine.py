@@ -274,13 +274,6 @@ class Engine:
         return self._runtime.model.vocab_size
 
     @property
-    def packs_documents(self) -> bool:
-        """Whether position ids that restart keep the documents of a packed row apart in this architecture."""
-        from horizon.check import ensure_supported
-
-        return ensure_supported(self._runtime.model.config, trust_remote_code=True).packs
-
-    @property
     def device(self) -> torch.device:
         """Where blocks compute."""
         return self._runtime.device

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from horizon.check import check_model
 from horizon.config.schema import HorizonConfig
 from horizon.data import Loader, TextData, load_data
 from horizon.errors import ConfigError
@@ -63,6 +64,8 @@ class Trainer:
         self.config = with_lr(self.config, source)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_config(self.config, self.output_dir / "config.yaml")
+        if model.self_check:  # before anything that takes long
+            self._check_architecture()
         data = self._load_data(source)
         print(data.summary, flush=True)
         with build_engine(self.config, source, data.tokenizer) as engine:
@@ -70,6 +73,11 @@ class Trainer:
         (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         self._print_end(summary)
         return summary
+
+    def _check_architecture(self) -> None:
+        report = check_model(self.config.model)
+        if self.config.data.packing and not report.packs:
+            raise ConfigError(f"{report.architecture} cannot keep packed documents apart; set data.packing=false")
 
     def _load_data(self, source: ModelSource | None) -> TextData:
         trust = self.config.model.trust_remote_code
@@ -87,8 +95,6 @@ class Trainer:
 
     def _run(self, engine: Engine, data: TextData) -> RunSummary:
         train, shuffle = self.config.train, self.config.data.shuffle
-        if self.config.data.packing and not engine.packs_documents:
-            raise ConfigError("this architecture cannot keep packed documents apart; set data.packing=false")
         micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
         loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
         held_out = validation_batches(data, train.eval_rows, micro_batch)
