@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizon.config.schema import ModelConfig
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, ModelConfig
 from horizon.errors import HorizonError, UnsupportedModelError
 from horizon.models.hf_config import load_config
-from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model
+from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model, skeleton_from_instance
+from horizon.optim.adamw import AdamW
+from horizon.runtime import build_runtime
+from horizon.stream.batch import to_micro_batches
 
 ROWS, TOKENS = 2, 24
 TOLERANCE = 1e-5  # of the largest gradient: fp32 summation order; what is wrong is wrong by far more
@@ -151,12 +154,18 @@ def _spread(value: Tensor) -> Tensor:
 
 
 def _streamed_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    from horizon.engine import Engine
-
+    """Loss and gradients by name of the same model, run block by block on the CPU."""
     try:
-        with Engine.from_pretrained(model, device="cpu", compute_dtype="float32", self_check=False) as engine:
-            loss = engine.forward_backward(batch)
-            return loss, dict(engine.named_gradients())
+        runtime = build_runtime(
+            skeleton_from_instance(model), model, optimizer=AdamW(), memory=MemoryConfig(), device="cpu",
+            compute_dtype=ComputeDtype.float32, seed=0, freeze=(), keeps_gradients=True, kernels=Kernels.torch,
+        )  # fmt: skip
+        try:
+            batches = to_micro_batches(batch, runtime.device, runtime.model.vocab_size)
+            loss = float(runtime.accumulate(batches, seed=0, old_share=0.0, loss_fn=None))
+            return loss, dict(runtime.read_gradients())
+        finally:
+            runtime.close()
     except HorizonError:
         raise
     except Exception as error:  # third-party model code may raise anything when called in an unusual way

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horizon.check import ensure_supported
 from horizon.checkpoint.hf_export import Tokenizer, export_model
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
@@ -117,8 +118,6 @@ class Engine:
         frozen = patterns(freeze, "freeze")
         skeleton, weights = open_model(model, revision, trust_remote_code)
         if self_check:
-            from horizon.check import ensure_supported  # it builds engines itself
-
             ensure_supported(skeleton.config, trust_remote_code)
         runtime = build_runtime(
             skeleton,

@@ -23,13 +23,12 @@ FLOW = (
     ("checkpoint",),
     ("data", "report"),
     ("runtime",),
-    ("engine",),
     ("check",),
+    ("engine",),
     ("trainer",),
     ("cli",),
     ("__main__",),
 )
-BACK = {("engine", "check")}  # an engine has its architecture checked first, which builds engines
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 
 
@@ -53,7 +52,7 @@ def imported_parts(tree: ast.AST) -> set[str]:
 def wrong_imports(part: str, imported: set[str]) -> set[str]:
     if part in BASE:
         return imported - set(BASE)
-    others = {name for name in imported - set(BASE) if name != part and (part, name) not in BACK}
+    others = {name for name in imported - set(BASE) if name != part}
     return {name for name in others if RANK.get(name, len(FLOW)) >= RANK[part]}
 
 
