@@ -215,16 +215,18 @@ class Engine:
         """The loss without gradients: mean over trained tokens (dropout off)."""
         self._require_open()
         batches = self._prepare(batch, loss_fn is None)
-        losses = self._runtime.guarded(lambda: self._runtime.executor.evaluate(batches, self.num_steps, loss_fn))
+        executor = self._runtime.executor
+        losses = self._runtime.guarded(lambda: [*map(float, executor.evaluate(batches, self.num_steps, loss_fn))])
         weights = [1 if loss_fn is None else b.num_tokens for b in batches]
-        return sum(float(x) * w for x, w in zip(losses, weights, strict=True)) / _num_tokens(batches)
+        return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / _num_tokens(batches)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
         self._require_open()
         batches = self._prepare(batch, need_labels=False)
-        logits = self._runtime.guarded(lambda: self._runtime.executor.last_logits(batches, self.num_steps))
-        return torch.cat([rows.float().cpu() for rows in logits])
+        executor = self._runtime.executor
+        logits = self._runtime.guarded(lambda: [x.cpu() for x in executor.last_logits(batches, self.num_steps)])
+        return torch.cat(logits).float()
 
     # ---- state by name
 

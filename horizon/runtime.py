@@ -220,7 +220,8 @@ class Runtime:
     def guarded(self, work: Callable[[], T]) -> T:
         """Run device work; whatever fails, wait for what is in flight and forget the step."""
         try:
-            return work()
+            with self.streams.entered():
+                return work()
         except torch.cuda.OutOfMemoryError as error:
             self.executor.reset()
             raise BudgetError(

@@ -49,7 +49,7 @@ def prepare_device(device: torch.device) -> None:
     before = _used_bytes(device) if fresh else None
     if fresh and hasattr(torch._C, "_accelerator_setAllocatorSettings"):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device)  # registering host memory makes a context on the current device
     # A backward, because autograd's own thread needs its context, too.
     torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     after = _used_bytes(device)

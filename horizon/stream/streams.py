@@ -7,7 +7,8 @@ to order; the executor's code is the same.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class Streams:
 
     @classmethod
     def on(cls, device: torch.device) -> Streams:
-        """Streams for `device`; compute is the device's current stream, so that user code stays ordered with it."""
+        """Streams for `device`; compute is the stream that is current now."""
         if device.type != "cuda":
             return cls(device, HostStream(), HostStream(), HostStream())
         fetch, drain = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -69,6 +70,14 @@ class Streams:
     def running(self, stream: Stream) -> AbstractContextManager[Any]:
         """Kernels and copies issued while open go to `stream`."""
         return torch.cuda.stream(stream) if isinstance(stream, torch.cuda.Stream) else nullcontext()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While open, kernels go to `compute`, after what the caller's own stream (and device) was given before."""
+        if self.device.type == "cuda":
+            self.compute.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with self.running(self.compute):
+            yield
 
     def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         """Copy between host and device on `stream`, without waiting for it."""
