@@ -46,11 +46,6 @@ class Loader:
         self.step_tokens = 0  # real tokens, padding excluded, of the last step handed out
         self._order = self._epoch_order()
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Real tokens in all rows, padding excluded."""
-        return int(self.rows.num_tokens.sum())
-
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """The next step's micro-batches, each as `Rows.batch` makes it."""
         indices = self._take(self.batch_size)
