@@ -80,7 +80,7 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    steps: int = 250
+    steps: int = 400
     batch_size: int = 4  # rows per optimizer step
     seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
