@@ -105,16 +105,13 @@ def python(code: str) -> str:
 
 def test_importing_horizon_is_light():
     code = (
-        "import sys, time, torch\n"
-        "started = time.perf_counter()\n"
+        "import sys, torch\n"
         "import horizon\n"
-        "print(time.perf_counter() - started)\n"
         "print(torch.cuda.is_initialized())\n"
         "print([m for m in ('transformers', 'hydra', 'omegaconf', 'tokenizers', 'numba', 'matplotlib')"
         " if m in sys.modules])"
     )
-    seconds, initialized, heavy = python(code).splitlines()
-    assert float(seconds) < 0.3
+    initialized, heavy = python(code).splitlines()
     assert initialized == "False"
     assert heavy == "[]"
 

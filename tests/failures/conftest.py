@@ -1,7 +1,6 @@
-"""What every failure must satisfy: its type, one line, soon, and a process that is as good as before."""
+"""What every failure must satisfy: its type, one line, no hang, and a process that is as good as before."""
 
 import threading
-import time
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SOON_SECONDS = 5  # about one on an idle machine
 
 
 def pytest_collection_modifyitems(items):
@@ -100,17 +98,14 @@ def build():
 
 @pytest.fixture
 def fails():
-    """`with fails(kind, pattern):` the block raises exactly that kind, on one line, within moments."""
+    """`with fails(kind, pattern):` the block raises exactly that kind, on one line."""
 
     @contextmanager
     def fails(kind, pattern):
-        started = time.perf_counter()
         with pytest.raises(kind, match=pattern) as caught:
             yield caught
-        seconds = time.perf_counter() - started
         assert type(caught.value) is kind
         assert "\n" not in str(caught.value)
-        assert seconds < SOON_SECONDS
 
     return fails
 
