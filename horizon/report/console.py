@@ -13,6 +13,8 @@ from horizon.records import StepRow
 from horizon.units import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
+# The bar takes what the numbers leave: tqdm's own format cut the gradient norm off below 140 columns.
+BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}|{elapsed}<{remaining}{postfix}"
 
 
 def describe_step(row: StepRow) -> str:
@@ -30,7 +32,9 @@ class StepDisplay:
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self._num_steps = num_steps
         self._stream = sys.stderr if stream is None else stream
-        self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, file=self._stream, disable=None)
+        self._bar = tqdm(
+            total=num_steps, dynamic_ncols=True, file=self._stream, disable=None, bar_format=BAR_FORMAT
+        )  # fmt: skip
         self._last_line = -SECONDS_BETWEEN_LINES
 
     def show(self, row: StepRow) -> None:
