@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import import_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Recompute
+from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
@@ -26,6 +27,7 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.apply import KeptUpdates, StreamedUpdates
 from horizon.optim.threads import default_num_threads
 from horizon.optim.updater import Updater, UpdateStates
+from horizon.plan.activations import ActivationPlan
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
@@ -34,29 +36,18 @@ from horizon.plan.machine import (
     process_bytes,
     resolve_device,
 )
-from horizon.plan.memory import (
-    RING_BUFFERS,
-    MemoryNeeds,
-    MemoryPlan,
-    WorkingSet,
-    boundary_sizes,
-    choose_micro_batch,
-    plan_activations,
-    plan_memory,
-)
+from horizon.plan.memory import RING_BUFFERS, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.store.gradients import GradientBuffers, KeptGradients, RingGradients
 from horizon.store.host import HostStore
-from horizon.store.offload import OffloadSpace
+from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
-from horizon.stream.boundaries import Boundaries
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.measure import measure_working_set, measured_rows
 from horizon.stream.streams import Streams
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
-HEAD_CHUNK_BYTES = 1024 * MIB  # fp32 logits that exist at once
+HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
 class Runtime:
@@ -68,12 +59,11 @@ class Runtime:
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, optimizer: AdamW, device: torch.device,
-        num_threads: int,
+        num_threads: int, recompute: Recompute,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs = needs
         self._pin = device.type == "cuda"
-        self._working: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self.version = 0
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(_lift_device_limit, device)
@@ -82,13 +72,15 @@ class Runtime:
             release.callback(self.store.close)
             self.buffers: GradientBuffers = self._new_buffers(needs.grad_dtype, needs.keeps_gradients)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
-            self._offload = OffloadSpace(self._pin)
-            release.callback(self._offload.close)
             self.streams = Streams.on(device)
             head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
+            token_bytes = model.hidden_size * needs.compute_dtype.itemsize
+            self._activations = Activations(self.executor, self.streams, recompute, token_bytes)
+            release.callback(delattr, self, "_activations")
+            release.callback(self._activations.close)
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
             self._updater = Updater(
@@ -123,10 +115,19 @@ class Runtime:
         """Forward and backward; without clipping also the updates, hence the next version. Gives the device's loss."""
         if self.buffers.kept:
             return self.accumulate(batches, seed, 0.0, loss_fn)
-        boundaries, step = self._boundaries(batches, borrow=False), self.version + 1
+        planned, step = self._plan_step([b.shape for b in batches], borrow=False), self.version + 1
+        boundaries = self._activations.boundaries(planned, _num_tokens(batches), [])
         self._streamed.begin(step, lr)
         try:
-            loss = self.executor.train(batches, self.version, boundaries, self._streamed, seed=seed, loss_fn=loss_fn)
+            loss = self.executor.train(
+                batches,
+                self.version,
+                boundaries,
+                self._streamed,
+                seed=seed,
+                recompute=planned.recompute,
+                loss_fn=loss_fn,
+            )
             self._streamed.finish()
             self.raise_if_failed()
             if self._streamed.num_updates:
@@ -138,10 +139,14 @@ class Runtime:
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        boundaries = self._boundaries(batches, borrow=old_share == 0)
+        borrow = old_share == 0
+        planned, idle = self._plan_step([b.shape for b in batches], borrow), self._idle_bytes(borrow)
+        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
+        boundaries = self._activations.boundaries(planned, _num_tokens(batches), buffers)
         loss = self.executor.train(
-            batches, self.version, boundaries, self._kept, seed=seed, old_share=old_share, loss_fn=loss_fn
-        )
+            batches, self.version, boundaries, self._kept, seed=seed, recompute=planned.recompute, old_share=old_share,
+            loss_fn=loss_fn,
+        )  # fmt: skip
         self._kept.wait()
         return loss
 
@@ -239,11 +244,11 @@ class Runtime:
         limit = self.model.max_positions
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
-        working, idle = self._working_set(seq_len, rows or batch_size), self._idle_bytes(self.buffers.kept)
-        fixed = self.plan.with_activations(())
-        rows = rows or choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes(), working, idle)
-        tokens = [min(rows, batch_size - start) * seq_len for start in range(0, batch_size, rows)]
-        self.plan = fixed.with_activations(plan_activations(fixed, tokens, self._token_bytes(), working, idle).lines)
+        fixed, idle = self.plan.with_activations(()), self._idle_bytes(self.buffers.kept)
+        rows = rows or self.guarded(
+            lambda: self._activations.choose_rows(fixed, batch_size, seq_len, idle, self.version)
+        )
+        self._plan_step([(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)], self.buffers.kept)
         return rows
 
     def device_bytes(self) -> int:
@@ -267,37 +272,18 @@ class Runtime:
                 )
             )
 
-    def _boundaries(self, batches: Sequence[MicroBatch], borrow: bool) -> Boundaries:
-        shapes = [b.shape for b in batches]
-        tokens = [rows * length for rows, length in shapes]
-        seq_len = max(length for _, length in shapes)
-        working = self._working_set(seq_len, -(-max(tokens) // seq_len))
-        idle = self._idle_bytes(borrow)
+    def _plan_step(self, shapes: Sequence[tuple[int, int]], borrow: bool) -> ActivationPlan:
+        """Where the activations of micro-batches of these (rows, tokens) go; `plan` then includes them."""
         fixed = self.plan.with_activations(())
-        planned = plan_activations(fixed, tokens, self._token_bytes(), working, idle)
+        planned = self.guarded(lambda: self._activations.plan(fixed, shapes, self._idle_bytes(borrow), self.version))
         self.plan = fixed.with_activations(planned.lines)
-        if not planned.offloaded:
-            return Boundaries(self.streams, {})
-        sizes = boundary_sizes(planned.offloaded, tokens, self._token_bytes())
-        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
-        return Boundaries(self.streams, self._offload.regions(sizes, buffers))
+        return planned
 
     def _idle_bytes(self, borrow: bool) -> list[int]:
         """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
         layouts = self.model.layouts if borrow else ()
         lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
         return [0 if lay.index in lent else lay.num_trainable * self.buffers.dtype.itemsize for lay in layouts]
-
-    def _working_set(self, seq_len: int, max_rows: int) -> WorkingSet:
-        if self.device.type != "cuda":
-            return WorkingSet(0, 0, 0)  # the stand-in has no memory of its own for kernels
-        key = seq_len, measured_rows(seq_len, max_rows)
-        if key not in self._working:
-            self._working[key] = self.guarded(lambda: measure_working_set(self.executor, *key, self.version))
-        return self._working[key]
-
-    def _token_bytes(self) -> int:
-        return self.model.hidden_size * self._needs.compute_dtype.itemsize
 
     def _new_buffers(self, dtype: torch.dtype, kept: bool) -> GradientBuffers:
         if kept:
@@ -348,16 +334,21 @@ def build_runtime(
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
     prepare_device(target)
     model.to(target)
+    recompute = choice(Recompute, memory.recompute, "memory.recompute")
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads)
+    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads, recompute)
     try:
         runtime.load(weights, seed)
     except BaseException:
         runtime.close()
         raise
     return runtime
+
+
+def _num_tokens(batches: Sequence[MicroBatch]) -> list[int]:
+    return [rows * length for rows, length in (b.shape for b in batches)]
 
 
 def _limit_device(device: torch.device, num_bytes: int) -> None:

@@ -36,6 +36,13 @@ class Kernels(StrEnum):
     torch = "torch"
 
 
+class Recompute(StrEnum):
+    auto = "auto"  # as little as the device budget allows
+    full = "full"  # backward runs every layer again
+    selective = "selective"  # again, but with the outputs of its linear layers kept
+    none = "none"  # backward runs nothing again
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -97,6 +104,7 @@ class MemoryConfig:
 
     host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
+    recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
 

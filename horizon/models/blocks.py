@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from horizon.errors import ConfigError, UnsupportedModelError
 from horizon.layout import BlockLayout, Param, ParamSpec, place_block
 from horizon.models.kernels import FusedKernels
+from horizon.models.linear import GradientSums, Kept, Linears, find_tail
 from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
-from horizon.models.tail import find_tail, without_output
 
 Params = Mapping[str, Tensor]  # local parameter name -> tensor
 
@@ -46,9 +46,13 @@ class BlockModel:
         self.parameter_names: tuple[str, ...] = tuple(name for name, _ in skeleton.named_parameters())
         self._tails: dict[int, nn.Linear | None] = {}  # by block: the projection that recomputation leaves out
         self._accepts = frozenset(inspect.signature(skeleton.forward).parameters)
+        self.fused = fused  # fused kernels where there are some
         self._kernels = FusedKernels(skeleton) if fused else None
         modules = (skeleton, *self.structure.layers, skeleton)
         self._bindings = tuple(_Binding(m, lay) for m, lay in zip(modules, self.layouts, strict=True))
+        self._linears = tuple(
+            Linears(m, {name for name, _, _ in lay.slot_ranges()}) for m, lay in zip(modules, self.layouts, strict=True)
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -111,38 +115,72 @@ class BlockModel:
                     "(set data.packing=false), a padded one attention_mask"
                 )
 
-    def embed(self, params: Params, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+    def embed(
+        self, params: Params, inputs: Mapping[str, Tensor], sums: GradientSums | None = None
+    ) -> tuple[Tensor, list[Call]]:
         """Run the model up to its first layer.
 
         Args:
             params: the embedding block's parameters.
             inputs: input_ids [B, T] and, where given, attention_mask [B, T] and position_ids [B, T].
+            sums: where a backward through the hidden states puts the gradients of embedding tables.
 
         Returns:
             hidden states [B, T, H], and for every layer what the model calls it with.
         """
         log: list[tuple[Tensor, Call]] = []
-        with self._bindings[0].bound(params), tapped(self.structure, log), suppress(LastLayerReached):
+        running = tapped(self.structure, log)
+        with self._bindings[0].bound(params), self._differentiating(0, sums), running, suppress(LastLayerReached):
             self.skeleton(**inputs, use_cache=False)
         return log[0][0], [call for _, call in log]
 
-    def layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
-        """Run decoder layer `block` (1..L): hidden states [B, T, H] in, hidden states out."""
+    def layer(
+        self, block: int, params: Params, hidden: Tensor, call: Call, outputs: list[Tensor | None] | None = None
+    ) -> Tensor:
+        """Run decoder layer `block` (1..L): hidden states [B, T, H] in, hidden states out.
+
+        `outputs`, where given, receives what `recompute` can take as `kept`.
+        """
+        keeping = nullcontext() if outputs is None else self._linears[block].keeping(outputs, self._tails.get(block))
+        with keeping:
+            return self._run_layer(block, params, hidden, call)
+
+    def differentiable_layer(
+        self, block: int, params: Params, hidden: Tensor, call: Call, sums: GradientSums
+    ) -> Tensor:
+        """As `layer`, for a backward that puts the gradients of linear weights into `sums`."""
+        with self._linears[block].differentiating(sums):
+            return self._run_layer(block, params, hidden, call)
+
+    def recompute(
+        self, block: int, params: Params, hidden: Tensor, call: Call, sums: GradientSums, kept: Kept = ()
+    ) -> Tensor:
+        """Run decoder layer `block` again for its backward: an output to differentiate, whose values may be missing.
+
+        The gradients of linear weights go to `sums`, those of all other parameters where autograd puts them.
+        """
+        linears = self._linears[block]
+        if block not in self._tails:
+            layer = self.structure.layers[block - 1]
+            with linears.differentiating(sums, kept):
+                output, self._tails[block] = find_tail(layer, lambda: self._run_layer(block, params, hidden, call))
+            return output
+        with linears.differentiating(sums, kept, self._tails[block]):
+            return self._run_layer(block, params, hidden, call)
+
+    def _run_layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
         with self._bindings[block].bound(params), self._kernels.active() if self._kernels else nullcontext():
             output = self.structure.layers[block - 1](hidden, *call.args, **call.kwargs)
         return output[0] if self.structure.returns_tuple else output  # type: ignore[no-any-return]
 
-    def recompute(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
-        """Run decoder layer `block` again for its backward: an output to differentiate, whose values may be missing."""
-        if block not in self._tails:
-            layer = self.structure.layers[block - 1]
-            output, self._tails[block] = find_tail(layer, lambda: self.layer(block, params, hidden, call))
-            return output
-        with without_output(self._tails[block]):
-            return self.layer(block, params, hidden, call)
+    def _differentiating(self, block: int, sums: GradientSums | None) -> AbstractContextManager[None]:
+        return nullcontext() if sums is None else self._linears[block].differentiating(sums)
 
-    def logits(self, params: Params, hidden: Tensor) -> Tensor:
-        """Final norm, head and whatever the model does to its logits: [B, T, H] -> [B, T, V]."""
+    def logits(self, params: Params, hidden: Tensor, sums: GradientSums | None = None) -> Tensor:
+        """Final norm, head and whatever the model does to its logits: [B, T, H] -> [B, T, V].
+
+        With `sums`, a backward puts the gradients of linear weights there.
+        """
 
         def finished(*args: Any, **kwargs: Any) -> Any:
             state = hidden
@@ -151,7 +189,7 @@ class BlockModel:
             return self.structure.output_type(last_hidden_state=state)
 
         owner = self.structure.owner
-        with self._bindings[self.head].bound(params):
+        with self._bindings[self.head].bound(params), self._differentiating(self.head, sums):
             owner.__dict__["forward"] = finished  # the layers' owner has already run, block by block
             try:
                 return self.skeleton(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]

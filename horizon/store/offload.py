@@ -1,6 +1,6 @@
 """Host space for offloaded boundary activations, taken first from gradient buffers that are idle meanwhile.
 
-Which buffers may be borrowed, and when, stands at `horizon.plan.memory.borrow`. Only what does not fit there costs
+Which buffers may be borrowed, and when, stands at `horizon.plan.activations.borrow`. Only what does not fit there costs
 memory of its own, which grows when needed and is kept.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from horizon.plan.memory import BORROW_ALIGN, Key, borrow
+from horizon.plan.activations import BORROW_ALIGN, Key, borrow
 from horizon.store.arena import Arena
 from horizon.units import align_up
 

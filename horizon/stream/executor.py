@@ -1,8 +1,9 @@
 """The streaming executor: walks a step's blocks through the slots, forward and backward.
 
 Layer-major: all micro-batches pass a block while it is resident, so weights cross the link once per pass. Forward
-keeps only what enters each block; backward recomputes a block from that and differentiates it by hand. The head
-turns the pass around within one residency, and the last layer is still in its slot when backward begins.
+keeps what enters each block, and of some blocks more (`stream.passes`); backward runs a block again from that and
+differentiates it by hand. The head turns the pass around within one residency, and the last layer is still in its slot
+when backward begins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.models.structure import Call
 from horizon.store.gradients import GradientBuffers
@@ -23,6 +25,8 @@ from horizon.stream.batch import MicroBatch
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.gradients import GradientSink, GradientSlots
 from horizon.stream.head import HeadLoss, LossFn
+from horizon.stream.passes import Passes
+from horizon.stream.randomness import Randomness
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
 
@@ -60,8 +64,8 @@ class Executor:
         self._weights = WeightSlots(streams, store, settings.weight_slots, settings.compute_dtype)
         self._head_loss = HeadLoss(model, settings.head_chunk)
         self._first = min(lay.index for lay in self._layouts if lay.num_trainable)  # backward ends here
-        self._replays_random = model.uses_dropout()
-        self._seed = 0
+        self._randomness = Randomness(model, streams.device)
+        self._passes = Passes(model, self._randomness, self._first)
         self._host_loss = torch.zeros((), pin_memory=streams.device.type == "cuda")
         self.gradients: GradientSlots | None = None
 
@@ -88,6 +92,7 @@ class Executor:
         sink: GradientSink,
         *,
         seed: int,
+        recompute: Mapping[int, Recompute],
         old_share: float = 0.0,
         loss_fn: LossFn | None = None,
     ) -> Tensor:
@@ -96,18 +101,19 @@ class Executor:
         Args:
             version: the weights' version to compute with; loading waits for it block by block.
             seed: of dropout masks, so that recomputation draws the same.
+            recompute: by layer block, what its backward runs again; blocks that are not named: all.
             old_share: leave old_share * (gradients on the host) + (1 - old_share) * (this batch's); 0 replaces them.
 
         Returns:
             the step's loss, an fp32 scalar on the device; the caller decides when to wait for it.
         """
         assert self.gradients is not None
-        self._seed = seed
+        self._randomness.seed = seed
         layers = range(1, self._head)
         self._weights.begin([0, *layers, self._head, *reversed(range(self._first, self._head))], version)
         self.gradients.begin_step(old_share)
         self._model.train(True)
-        state = self._forward(batches, boundaries)
+        state = self._forward(batches, boundaries, recompute)
         loss, grads = self._turn_around(batches, state.hidden, sink, 1 - old_share, loss_fn)
         state.hidden.clear()
         back = [b for b in reversed(layers) if b >= self._first]
@@ -115,7 +121,7 @@ class Executor:
         for _ in back:
             self._backward_layer(state.calls, boundaries, grads, sink)
         if self._first == 0:
-            self._backward_embedding(batches, grads, sink)
+            self._backward_embedding(grads, sink)
         return loss
 
     @torch.no_grad()
@@ -150,7 +156,31 @@ class Executor:
 
     def rehearse_layers(self, batches: Sequence[MicroBatch], version: int) -> None:
         """Forward and backward of one layer of each kind, gradients dropped: for measuring what a layer takes."""
-        kinds = {self._layouts[b].num_elements: b for b in reversed(range(1, self._head))}
+        assert self.gradients is not None
+        for block, params, hidden, calls in self._rehearse(batches, version):
+            if block < self._first:
+                self._forward_block(block, params, batches, hidden, calls)
+                continue
+            self.gradients.open(block, single=False)
+            for m, states in enumerate(hidden):
+                grad = torch.ones_like(states)
+                self._passes.backward((block, m), params, states, calls[m][block - 1], grad, self.gradients)
+
+    def rehearse_keeping(self, batch: MicroBatch, version: int, recompute: Recompute) -> int:
+        """Bytes that the layer which keeps most keeps of a micro-batch."""
+        most = 0
+        for block, params, (hidden,), (calls,) in self._rehearse([batch], version):
+            if block >= self._first:
+                self._passes.forward((block, 0), params, hidden, calls[block - 1], self.gradients, recompute)
+                most = max(most, self._passes.kept_bytes((block, 0)))
+                self._passes.reset()
+        return most
+
+    def _rehearse(
+        self, batches: Sequence[MicroBatch], version: int
+    ) -> Iterator[tuple[int, Mapping[str, Tensor], list[Tensor], list[list[Call]]]]:
+        """Visit one layer of each kind, each with the embedding's hidden states."""
+        kinds = {self._layouts[b].num_elements: b for b in range(1, self._head)}
         self._weights.begin([0, *sorted(kinds.values())], version)
         self._model.train(True)
         calls: list[list[Call]] = []
@@ -158,16 +188,11 @@ class Executor:
             hidden = self._forward_block(block, params, batches, [], calls)
         for _ in kinds:
             with self._visit() as (block, params):
-                for states, layer_calls in zip(hidden, calls, strict=True):
-                    leaves = self._leaves(block, params)
-                    states = states.detach().requires_grad_()
-                    with torch.enable_grad():
-                        output = self._model.recompute(block, leaves, states, layer_calls[block - 1])
-                    wanted = [states, *(leaf for leaf in leaves.values() if leaf.requires_grad)]
-                    torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+                yield block, params, list(hidden), calls
 
     def rehearse_head(self, num_tokens: int, version: int) -> None:
         """Forward and backward of the head's first chunk of `num_tokens` tokens, gradients dropped."""
+        assert self.gradients is not None
         self._weights.begin([self._head], version)
         num_tokens = min(num_tokens, self._head_loss.chunk)
         tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=self.device)
@@ -175,30 +200,25 @@ class Executor:
         with self._visit() as (_, params):
             dtype = next(iter(params.values())).dtype
             hidden = self._streams.empty(1, num_tokens, self._model.hidden_size, dtype=dtype).normal_()
-            self._head_loss.backward(params, hidden, batch, 1.0, lambda gradients: None)
+            self.gradients.open(self._head, single=False)
+            self._head_loss.backward(params, hidden, batch, 1.0, self.gradients)
 
     def reset(self) -> None:
         """After a failed step: wait for what is in flight, then forget it."""
         self._streams.synchronize()
         self._weights.reset()
+        self._passes.reset()
 
     def _forward_only(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
         self._weights.begin(list(range(self._head + 1)), version)
         self._model.train(False)
-        return self._forward(batches, None).hidden
-
-    def _forward(self, batches: Sequence[MicroBatch], boundaries: Boundaries | None) -> ForwardState:
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
         for _ in range(self._head):
             with self._visit() as (block, params):
-                if boundaries is not None and block > 0:
-                    for m, h in enumerate(hidden):
-                        boundaries.save((block, m), h)
-                hidden = self._forward_block(block, params, batches, hidden, calls, boundaries)
-        return ForwardState(hidden, calls)
+                hidden = self._forward_block(block, params, batches, hidden, calls)
+        return hidden
 
-    @torch.no_grad()
     def _forward_block(
         self,
         block: int,
@@ -206,22 +226,54 @@ class Executor:
         batches: Sequence[MicroBatch],
         hidden: list[Tensor],
         calls: list[list[Call]],
-        boundaries: Boundaries | None = None,
     ) -> list[Tensor]:
-        """Pass all micro-batches through one block; `hidden` is emptied as it is read."""
-        output = []
-        for m, batch in enumerate(batches):
-            with self._randomness(block, m):
-                if block == 0:
-                    states, layer_calls = self._model.embed(params, batch.inputs)
-                    calls.append(layer_calls)
-                else:
-                    states = self._model.layer(block, params, hidden[m], calls[m][block - 1])
-                    hidden[m] = states  # the input's memory may go now
-            if boundaries is not None and block > 0:
+        """Pass all micro-batches through one block, keeping nothing."""
+        if block > 0:
+            calls_of = [layer_calls[block - 1] for layer_calls in calls]
+            return [
+                self._passes.forward((block, m), params, hidden[m], call, None, Recompute.full)
+                for m, call in enumerate(calls_of)
+            ]
+        embedded = [self._passes.embed(m, params, batch.inputs, None) for m, batch in enumerate(batches)]
+        calls += [layer_calls for _, layer_calls in embedded]
+        return [states for states, _ in embedded]
+
+    def _forward(
+        self, batches: Sequence[MicroBatch], boundaries: Boundaries, recompute: Mapping[int, Recompute]
+    ) -> ForwardState:
+        """The forward of a training step."""
+        state = ForwardState([], [])
+        with self._visit() as (_, params):
+            for m, batch in enumerate(batches):
+                states, layer_calls = self._passes.embed(m, params, batch.inputs, self.gradients)
+                state.hidden.append(states)
+                state.calls.append(layer_calls)
+        for _ in range(1, self._head):
+            with self._visit() as (block, params):
+                self._forward_layer(block, params, state, boundaries, recompute.get(block, Recompute.full))
+        return state
+
+    def _forward_layer(
+        self,
+        block: int,
+        params: Mapping[str, Tensor],
+        state: ForwardState,
+        boundaries: Boundaries,
+        recompute: Recompute,
+    ) -> None:
+        """Pass all micro-batches through one layer; an input's memory may go when it was read."""
+        if block < self._first:  # backward does not come here
+            state.hidden[:] = self._forward_block(block, params, [], state.hidden, state.calls)
+            return
+        keeps_boundary = recompute is not Recompute.none
+        if keeps_boundary:
+            for m, hidden in enumerate(state.hidden):
+                boundaries.save((block, m), hidden)
+        for m, layer_calls in enumerate(state.calls):
+            call = layer_calls[block - 1]
+            state.hidden[m] = self._passes.forward((block, m), params, state.hidden[m], call, self.gradients, recompute)
+            if keeps_boundary:
                 boundaries.read((block, m))
-            output.append(states)
-        return output
 
     def _turn_around(
         self,
@@ -237,9 +289,9 @@ class Executor:
         assert self.gradients is not None
         with self._visit() as (block, params), self._gradients_of(block, sink):
             for m, batch in enumerate(batches):
-                with self._randomness(block, m):
+                with self._randomness.of(block, m):
                     loss, grad = self._head_loss.backward(
-                        params, hidden[m], batch, divisors[m], self.gradients.add, loss_fn
+                        params, hidden[m], batch, divisors[m], self.gradients, loss_fn
                     )
                 losses.append(loss)
                 grads.append(grad)
@@ -257,44 +309,23 @@ class Executor:
     def _backward_layer(
         self, calls: list[list[Call]], boundaries: Boundaries, grads: list[Tensor], sink: GradientSink
     ) -> None:
-        """Recompute and differentiate the next layer of the backward walk; `grads` is replaced in place."""
+        """Differentiate the next layer of the backward walk; `grads` is replaced in place."""
         assert self.gradients is not None
         with self._visit() as (block, params), self._gradients_of(block, sink, len(grads)):
-            for m in range(len(grads)):
-                hidden = boundaries.take((block, m)).detach().requires_grad_(block > self._first)
-                leaves = self._leaves(block, params)
-                with torch.enable_grad(), self._randomness(block, m):
-                    output = self._model.recompute(block, leaves, hidden, calls[m][block - 1])
-                grad_hidden = self._differentiate(block, output, grads[m], leaves, hidden)
+            for m, grad in enumerate(grads):
+                if self._passes.keeps_graph((block, m)):
+                    grad_hidden = self._passes.backward_kept((block, m), params, grad, self.gradients)
+                else:
+                    hidden, call = boundaries.take((block, m)), calls[m][block - 1]
+                    grad_hidden = self._passes.backward((block, m), params, hidden, call, grad, self.gradients)
                 if grad_hidden is not None:
                     grads[m] = grad_hidden
 
-    def _backward_embedding(self, batches: Sequence[MicroBatch], grads: list[Tensor], sink: GradientSink) -> None:
-        with self._visit() as (block, params), self._gradients_of(block, sink, len(batches)):
-            for m, batch in enumerate(batches):
-                leaves = self._leaves(block, params)
-                with torch.enable_grad(), self._randomness(block, m):
-                    output, _ = self._model.embed(leaves, batch.inputs)
-                self._differentiate(block, output, grads[m], leaves, None)
-
-    def _leaves(self, block: int, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The block's parameters as autograd leaves over the slot's memory."""
-        trainable = {name for name, _, _ in self._layouts[block].grad_ranges()}
-        return {name: p.detach().requires_grad_(name in trainable) for name, p in params.items()}
-
-    def _differentiate(
-        self, block: int, output: Tensor, grad_output: Tensor, leaves: Mapping[str, Tensor], hidden: Tensor | None
-    ) -> Tensor | None:
-        """Hand the parameter gradients over; return the gradient of `hidden` where it is needed."""
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        inputs = [leaves[n] for n in names]
-        num_parameters = len(inputs)
-        if hidden is not None and hidden.requires_grad:
-            inputs.append(hidden)
-        grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
+    def _backward_embedding(self, grads: list[Tensor], sink: GradientSink) -> None:
         assert self.gradients is not None
-        self.gradients.add(dict(zip(names, grads, strict=False)))
-        return grads[-1] if len(grads) > num_parameters else None
+        with self._visit() as (block, params), self._gradients_of(block, sink, len(grads)):
+            for m, grad in enumerate(grads):
+                self._passes.backward_kept((block, m), params, grad, self.gradients)
 
     @contextmanager
     def _visit(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
@@ -312,17 +343,6 @@ class Executor:
         yield
         self.gradients.close(sink)
 
-    @contextmanager
-    def _randomness(self, block: int, micro_batch: int) -> Iterator[None]:
-        """Dropout masks that depend on (step, block, micro-batch) only, so that a recomputation draws them again."""
-        if not self._replays_random or not self._model.skeleton.training:
-            yield
-            return
-        device = self._streams.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-            torch.manual_seed(_mix(self._seed, block, micro_batch))
-            yield
-
 
 def _divisors(batches: Sequence[MicroBatch], share: float, custom: bool) -> list[float]:
     """What each micro-batch's loss is divided by: summed losses by all trained tokens, custom ones by their weight."""
@@ -330,12 +350,3 @@ def _divisors(batches: Sequence[MicroBatch], share: float, custom: bool) -> list
     if not custom:
         return [sum(weights) / share] * len(batches)
     return [sum(weights) / (share * w) if w else math.inf for w in weights]
-
-
-def _mix(*values: int) -> int:
-    """A 63-bit seed from a few small integers."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = ((state ^ value) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1

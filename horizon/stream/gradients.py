@@ -1,12 +1,15 @@
 """Gradients on their way from autograd to the host.
 
 A block's parameter gradients are summed in fp32 in one flat buffer over all micro-batches, measured (one norm per
-parameter), cast to the host's gradient dtype in a drain slot, and cross the link once. Sums that already wait on the
-host (an earlier `forward_backward`, or the head's share of a tied embedding) are fetched first and added to.
+parameter), cast to the host's gradient dtype in a drain slot, and cross the link once. Weight gradients of linear
+layers and embedding tables are computed in their place there (`models.linear`); a place is overwritten by what comes
+first, so nothing is zeroed ahead. Sums that already wait on the host (an earlier `forward_backward`, or the head's
+share of a tied embedding) are fetched first and added to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,12 +75,15 @@ class GradientSlots:
         self._slots = [_DrainSlot(streams.empty(size, dtype=buffers.dtype)) for _ in range(num_slots)]
         self._sum = streams.empty(size, dtype=torch.float32) if buffers.dtype is not torch.float32 else None
         self._spans = _all_spans(layouts)
+        self._padding = [_padding(lay, spans) for lay, spans in zip(layouts, self._spans, strict=True)]
         self._partial: dict[int, dict[tuple[int, int], _Partial]] = {}  # by owner and host range
         self._first_norm = _first_norms(layouts)
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
         self._turn = 0
         self._block = -1
         self._target = self._slots[0].flat
+        self._places: dict[str, Tensor] = {}  # of the open block: local name -> view of the target
+        self._written: set[str] = set()  # those that hold a sum
 
     def begin_step(self, old_share: float) -> None:
         """Start a backward pass that leaves old_share * (sums on the host) + this pass's gradients; 0 replaces them."""
@@ -96,31 +102,73 @@ class GradientSlots:
         slot = self._slot
         if slot.drained is not None:  # its last copy to the host must be over before it is written again
             self._streams.compute.wait_event(slot.drained)
-        # A gradient that is no sum needs no fp32 detour: autograd made it in the dtype it is computed and kept in.
+        # A gradient that is no sum needs no fp32 detour: it is computed in the dtype that it is kept in.
         self._target = slot.flat if self._sum is None or (single and not self._waiting(block)) else self._sum
+        ranges = [(name, offset, shape) for name, offset, shape in self._layouts[block].grad_ranges()]
+        self._places = {n: self._target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
+        self._written = set()
         for span in self._spans[block]:
-            self._target[span.start : span.end].zero_()
             for (start, stop), partial in self._partial.get(span.owner, {}).items():
-                self._add_partial(slot, span, start, stop, partial)
+                fetched = self._add_partial(slot, span, start, stop, partial)
+                self._written |= {name for name, offset, _ in ranges if offset in fetched}
 
     def add(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add one micro-batch's gradients, by local name; a parameter that took no part may be None."""
-        for name, offset, _ in self._layouts[self._block].grad_ranges():
-            gradient = gradients[name]
+        for name, gradient in gradients.items():
             if gradient is not None:
-                view = self._target[offset : offset + gradient.numel()].view(gradient.shape)
-                view.add_(gradient)
+                self._add(name, gradient)
+
+    def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
+        """Add grad^T x, the weight gradient of a linear layer: in place, where the device can sum it in fp32."""
+        place, first = self._places[name], name not in self._written
+        self._written.add(name)
+        if place.is_cuda and place.dtype is torch.float32 and grad.dtype is not torch.float32:
+            if first:
+                torch.mm(grad.t(), x, out_dtype=torch.float32, out=place)
+            else:
+                torch.addmm(place, grad.t(), x, out_dtype=torch.float32, out=place)
+        elif first and place.dtype is grad.dtype:
+            torch.mm(grad.t(), x, out=place)
+        elif first:
+            place.copy_(grad.t().mm(x))
+        else:
+            place.add_(grad.t().mm(x))
+
+    def add_rows(self, name: str, rows: Tensor, grad: Tensor, padding_idx: int | None) -> None:
+        """Add each row of `grad` to a row of an embedding table's gradient."""
+        place = self._places[name]
+        if not (place.is_cuda and place.dtype is torch.float32):
+            padding = -1 if padding_idx is None else padding_idx
+            self._add(name, torch.ops.aten.embedding_dense_backward(grad, rows, place.shape[0], padding, False))
+            return
+        if name not in self._written:
+            self._written.add(name)
+            place.zero_()
+        if padding_idx is not None:
+            grad = grad.masked_fill((rows == padding_idx).unsqueeze(1), 0)
+        place.index_put_((rows,), grad.float(), accumulate=True)  # sorts, hence the same bits every time
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        if name in self._written:
+            self._places[name].add_(gradient)
+        else:
+            self._written.add(name)
+            self._places[name].copy_(gradient)
 
     def close(self, sink: GradientSink) -> None:
         """Measure the sums, cast them, start their way to the host."""
         block, slot = self._block, self._slot
+        for name in self._places.keys() - self._written:
+            self._places[name].zero_()
+        for start, stop in self._padding[block]:
+            self._target[start:stop].zero_()
         if self._target is not slot.flat:
             for span in self._spans[block]:
                 slot.flat[span.start : span.end].copy_(self._target[span.start : span.end])
         self._measure(block, slot.flat)
         self._drain(block, slot, sink)
         self._turn = (self._turn + 1) % len(self._slots)
-        self._block = -1
+        self._block, self._places = -1, {}
 
     def _waiting(self, block: int) -> bool:
         """Whether sums to add to wait on the host."""
@@ -130,10 +178,11 @@ class GradientSlots:
     def _slot(self) -> _DrainSlot:
         return self._slots[self._turn]
 
-    def _add_partial(self, slot: _DrainSlot, span: _Span, start: int, stop: int, partial: _Partial) -> None:
+    def _add_partial(self, slot: _DrainSlot, span: _Span, start: int, stop: int, partial: _Partial) -> range:
+        """Fetch what of a waiting sum belongs to `span`; gives the range of the slot that now holds it."""
         start, stop = max(span.host.start, start), min(span.host.stop, stop)
         if start >= stop:
-            return
+            return range(0)
         source = self._buffers.claim(span.owner)[start:stop]
         to = slice(span.start + start - span.host.start, span.start + stop - span.host.start)
         fetch, compute = self._streams.fetch, self._streams.compute
@@ -147,6 +196,7 @@ class GradientSlots:
             target.copy_(slot.flat[to])
         if partial.share != 1:
             target.mul_(partial.share)
+        return range(to.start, to.stop)
 
     def _measure(self, block: int, flat: Tensor) -> None:
         params = self._layouts[block].trainable
@@ -186,6 +236,18 @@ def _own_spans(layout: BlockLayout, lent: list[tuple[int, int]]) -> list[_Span]:
 
 def _borrowed_spans(layout: BlockLayout) -> list[_Span]:
     return [_Span(b.offset, b.end, b.owner, b.param.offset) for b in layout.borrowed if b.param.spec.trainable]
+
+
+def _padding(layout: BlockLayout, spans: Sequence[_Span]) -> list[tuple[int, int]]:
+    """The ranges of a block's spans that belong to no parameter."""
+    owned = sorted((offset, offset + math.prod(shape)) for _, offset, shape in layout.grad_ranges())
+    edges = sorted((span.start, span.end) for span in spans)
+    gaps, position = [], 0
+    for start, end in owned:
+        gaps += [(max(position, a), min(start, b)) for a, b in edges]
+        position = end
+    gaps += [(max(position, a), b) for a, b in edges]
+    return [(start, stop) for start, stop in gaps if start < stop]
 
 
 def _first_norms(layouts: Sequence[BlockLayout]) -> list[int]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from horizon.errors import BatchError
 from horizon.models.blocks import BlockModel
 from horizon.stream.batch import IGNORED, MicroBatch
+from horizon.stream.gradients import GradientSlots
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # (logits [B, T, V], batch) -> scalar
 
@@ -54,12 +55,23 @@ def custom_loss(loss_fn: LossFn, logits: Tensor, micro_batch: MicroBatch) -> Ten
     return loss.reshape(())
 
 
-def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of `wanted`, hidden states first; None for a parameter that took no part."""
+def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """The loss, and the gradients of `wanted`, hidden states first; None for a parameter that took no part."""
     grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None]
     if grads[0] is None:
         raise BatchError("the result of loss_fn does not depend on the logits, so there is nothing to train on")
-    return grads
+    return loss.detach(), grads
+
+
+def _fused_gradients(
+    logits: Tensor, targets: Tensor, divisor: float, wanted: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """As `_gradients` of the cross-entropy, whose own gradient comes from the fused kernel."""
+    from horizon.stream.cross_entropy import fused_cross_entropy  # needs triton
+
+    flat = logits.detach().view(-1, logits.shape[-1])
+    loss, gradient = fused_cross_entropy(flat, targets.reshape(-1), 1 / divisor, IGNORED)
+    return loss, torch.autograd.grad(logits, wanted, gradient.view_as(logits), allow_unused=True)
 
 
 class HeadLoss:
@@ -79,7 +91,7 @@ class HeadLoss:
         hidden: Tensor,
         batch: MicroBatch,
         divisor: float,
-        add: Callable[[Mapping[str, Tensor | None]], None],
+        sums: GradientSlots,
         loss_fn: LossFn | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One micro-batch's loss divided by `divisor`, and its gradient.
@@ -88,7 +100,7 @@ class HeadLoss:
             params: the head block's parameters.
             hidden: [B, T, H], the last layer's output.
             divisor: of the summed cross-entropy, or of the custom loss.
-            add: takes the parameter gradients, chunk by chunk.
+            sums: take the parameter gradients, chunk by chunk.
 
         Returns:
             the divided loss (fp32 scalar) and its gradient with respect to `hidden`.
@@ -99,16 +111,19 @@ class HeadLoss:
         for span, states, targets in chunks(hidden, batch.targets, size):
             leaf = states.detach().requires_grad_()
             leaves = {n: params[n].detach().requires_grad_(n in self._trainable) for n in params}
-            with torch.enable_grad():
-                logits = self._model.logits(leaves, leaf)
-                part = cross_entropy_sum(logits, targets) if loss_fn is None else custom_loss(loss_fn, logits, batch)
-                part = part / divisor
-            del logits
             wanted = [leaf, *(leaves[n] for n in self._trainable)]
-            grads = _gradients(part, wanted)
-            add(dict(zip(self._trainable, grads[1:], strict=True)))
+            with torch.enable_grad():
+                logits = self._model.logits(leaves, leaf, sums)
+                if loss_fn is not None:
+                    part, grads = _gradients(custom_loss(loss_fn, logits, batch) / divisor, wanted)
+                elif self._model.fused:
+                    part, grads = _fused_gradients(logits, targets, divisor, wanted)
+                else:
+                    part, grads = _gradients(cross_entropy_sum(logits, targets) / divisor, wanted)
+            del logits
+            sums.add(dict(zip(self._trainable, grads[1:], strict=True)))
             grad_hidden.view(-1, hidden.shape[-1])[span].copy_(grads[0].view(-1, hidden.shape[-1]))
-            loss += part.detach()
+            loss += part
         return loss, grad_hidden
 
     def loss(

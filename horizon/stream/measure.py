@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from horizon.plan.memory import WorkingSet
+from horizon.config.schema import Recompute
+from horizon.plan.activations import WorkingSet
 from horizon.stream.batch import MicroBatch, to_micro_batches
 
 if TYPE_CHECKING:
@@ -26,21 +27,36 @@ def measured_rows(seq_len: int, max_rows: int) -> int:
     return min(max_rows, max(2, TOKENS // seq_len))
 
 
-def measure_working_set(executor: Executor, seq_len: int, rows: int, version: int) -> WorkingSet:
+def measure_working_set(executor: Executor, seq_len: int, rows: int, version: int, recompute: Recompute) -> WorkingSet:
     """Peak device bytes of a block's recompute and backward, as a line in the micro-batch's tokens.
 
     Runs every kind of layer with `rows` rows of `seq_len` tokens and with half as many, and a chunk of the head, which
-    does not grow with the micro-batch; CUDA only. Where the budget has no room for that, with a single row.
+    does not grow with the micro-batch. Where the budget has no room for that, with a single row. On CPU the stand-in
+    has no memory of its own for kernels: only what layers keep is counted, where they are to keep something.
     """
+    selective, graph = _kept(executor, seq_len, version, recompute)
+    if executor.device.type != "cuda":
+        return WorkingSet(0, 0, 0, selective, graph)
     try:
-        return _measure(executor, rows, seq_len, version)
+        base, per_token, head = _measure(executor, rows, seq_len, version)
     except torch.cuda.OutOfMemoryError:
         executor.reset()
         torch.cuda.empty_cache()
-        return _measure(executor, 1, seq_len, version)
+        base, per_token, head = _measure(executor, 1, seq_len, version)
+    return WorkingSet(base, per_token, head, selective, graph)
 
 
-def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> WorkingSet:
+def _kept(executor: Executor, seq_len: int, version: int, recompute: Recompute) -> tuple[int, int]:
+    """Bytes per token of one layer's linear outputs, and of its graph, as far as `recompute` asks for them."""
+    sizes = []
+    for kind in (Recompute.selective, Recompute.none):
+        asked = recompute in (Recompute.auto, kind)
+        num_bytes = executor.rehearse_keeping(_batch(executor, 1, seq_len)[0], version, kind) if asked else 0
+        sizes.append(-(-num_bytes // seq_len))
+    return sizes[0], sizes[1]
+
+
+def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> tuple[int, int, int]:
     executor.rehearse_layers(_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
     many = _peak(lambda: executor.rehearse_layers(_batch(executor, rows, seq_len), version))
     few, half = 0, rows // 2
@@ -49,7 +65,7 @@ def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> Worki
     head = _peak(lambda: executor.rehearse_head(rows * seq_len, version))
     torch.cuda.empty_cache()
     per_token = max(0, many - few) // ((rows - half) * seq_len)
-    return WorkingSet(base=max(0, many - per_token * rows * seq_len), per_token=per_token, least=head)
+    return max(0, many - per_token * rows * seq_len), per_token, head
 
 
 def _batch(executor: Executor, rows: int, seq_len: int) -> list[MicroBatch]:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from horizon import runtime
+from horizon.stream.activations import Activations
 from horizon.units import MIB
 
 
@@ -16,10 +17,11 @@ def small_head_chunks():
 
 @pytest.fixture
 def offload_everything(monkeypatch):
-    """Have every boundary go to the host, whatever the device has room for."""
-    plan_activations = runtime.plan_activations
+    """Have every boundary go to the host and nothing else be kept, whatever the device has room for."""
+    plan = Activations.plan
 
-    def offloaded(plan, *args, **kwargs):
-        return replace(plan_activations(plan, *args, **kwargs), offloaded=frozenset(range(1, plan.num_blocks - 1)))
+    def offloaded(self, fixed, *args, **kwargs):
+        layers = frozenset(range(1, fixed.num_blocks - 1))
+        return replace(plan(self, fixed, *args, **kwargs), offloaded=layers, recompute={})
 
-    return lambda: monkeypatch.setattr(runtime, "plan_activations", offloaded)
+    return lambda: monkeypatch.setattr(Activations, "plan", offloaded)

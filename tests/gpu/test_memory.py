@@ -21,11 +21,11 @@ MEDIUM = {
 BOUNDARY = 32 * TOKENS * 1024 * 2  # of a step of 32 rows
 
 
-def peak_of_a_step(budget="auto"):
+def peak_of_a_step(budget="auto", recompute="full"):
     """(planned, measured peak, bytes by purpose of activations) of steps of 4 micro-batches, 8 rows each."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    memory = horizon.MemoryConfig(device_budget=budget)
+    memory = horizon.MemoryConfig(device_budget=budget, recompute=recompute)
     with engine(MEDIUM, compute_dtype="bfloat16", memory=memory) as streamed:
         for seed in range(2):
             streamed.step(batches(4, rows=8, tokens=TOKENS, vocab=VOCAB, seed=seed))
@@ -40,6 +40,16 @@ def test_the_devices_peak_is_what_was_planned_and_stays_in_the_budget():
     budget = planned - 4 * BOUNDARY
     planned, measured, purposes = peak_of_a_step(str(budget))
     assert "boundaries of 8 blocks" not in purposes
+    assert planned <= budget
+    assert measured <= min(budget, planned + 256 * MIB)
+
+
+@pytest.mark.parametrize("spare", [400 * MIB, 1200 * MIB])
+def test_spare_memory_is_used_to_keep_what_would_be_run_again_and_no_more(spare):
+    planned, _, _ = peak_of_a_step()
+    budget = planned + spare
+    planned, measured, purposes = peak_of_a_step(str(budget), "auto")
+    assert any("linear outputs" in purpose or "graphs" in purpose for purpose in purposes)
     assert planned <= budget
     assert measured <= min(budget, planned + 256 * MIB)
 

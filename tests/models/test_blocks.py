@@ -7,6 +7,7 @@ from torch import nn
 from horizon.check import materialised
 from horizon.errors import ConfigError, UnsupportedModelError
 from horizon.models.blocks import BlockModel, block_parameters
+from horizon.models.linear import Linears
 from horizon.models.skeleton import build_skeleton
 
 TINY = {
@@ -25,6 +26,11 @@ FAMILIES = {
     "mixtral": {"num_local_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "max_position_embeddings": 131072},
 }
+
+
+class Sums(dict):
+    def add_product(self, name, grad, x):
+        self[name] = self.get(name, 0) + grad.t() @ x
 
 
 def skeleton(family="llama", **changes):
@@ -185,11 +191,57 @@ def test_a_recomputation_has_the_gradients_of_the_forward(family):
     grad_output = torch.randn(hidden.shape, generator=generator)
     wanted = [hidden, *params[1].values()]
     expected = torch.autograd.grad(model.layer(1, params[1], hidden, calls[0]), wanted, grad_output, allow_unused=True)
-    for _ in range(2):  # the first one may learn what the second leaves out
-        output = model.recompute(1, params[1], hidden, calls[0])
+    kept = []
+    with torch.no_grad():
+        model.layer(1, params[1], hidden, calls[0], kept)
+    for outputs in ((), (), kept):  # the first one may learn what the second leaves out
+        sums = Sums()
+        output = model.recompute(1, params[1], hidden, calls[0], sums, outputs)
         found = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
         for name, value, wish in zip(["hidden", *params[1]], found, expected, strict=True):
+            value = sums.get(name, value)
             assert (value is None and wish is None) or torch.equal(value, wish), name
+
+
+def test_kept_outputs_are_not_multiplied_again(monkeypatch):
+    source = skeleton()
+    model = BlockModel(source)
+    params = values_of(model, materialised(source))
+    hidden, calls = model.embed(params[0], inputs())
+    kept = []
+    with torch.no_grad():
+        model.layer(1, params[1], hidden, calls[0], kept)
+    model.recompute(1, params[1], hidden, calls[0], Sums(), kept)  # finds the last projection
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: products.append(args) or linear(*args))
+    model.recompute(1, params[1], hidden, calls[0], Sums(), kept)
+    assert len(kept) == 7 and products == []
+    model.recompute(1, params[1], hidden, calls[0], Sums())
+    assert len(products) == 6  # all but the last projection
+
+
+def test_an_output_that_is_overwritten_later_is_kept_as_it_was():
+    class Overwriting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.one(x)
+            z = self.two(y)
+            y.data.mul_(2)  # as a fused kernel does, unseen by autograd
+            return z + y
+
+    module, x = Overwriting(), torch.randn(2, 3)
+    linears = Linears(module, {"one.weight", "two.weight"})
+    with torch.no_grad():
+        expected = [module.one(x), module.two(module.one(x))]
+        for _ in range(2):  # the first run finds out which
+            kept = []
+            with linears.keeping(kept, tail=None):
+                module(x)
+            assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
 
 
 def test_a_failing_block_leaves_the_model_as_it_was():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import horizon
-from horizon.stream.executor import _mix
+from horizon.stream.randomness import _mix
 
 Batch = dict[str, Tensor]
 

@@ -7,7 +7,7 @@ gradient would differ.
 import pytest
 import torch
 
-from horizon.stream.executor import _mix
+from horizon.stream.randomness import _mix
 from tests.parity.reference import (
     Resident,
     assert_same,

@@ -7,19 +7,8 @@ from hypothesis import strategies as st
 
 from horizon.errors import BudgetError
 from horizon.layout import ParamSpec, place_block
-from horizon.plan.memory import (
-    RING_BUFFERS,
-    Limits,
-    Line,
-    MemoryNeeds,
-    MemoryPlan,
-    WorkingSet,
-    boundary_sizes,
-    choose_micro_batch,
-    own_bytes,
-    plan_activations,
-    plan_memory,
-)
+from horizon.plan.activations import WorkingSet, boundary_sizes, choose_micro_batch, own_bytes, plan_activations
+from horizon.plan.memory import RING_BUFFERS, Limits, Line, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.store.gradients import KeptGradients, RingGradients
 from horizon.store.host import HostStore
 from horizon.store.offload import OffloadSpace

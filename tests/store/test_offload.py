@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horizon.plan.memory import BORROW_ALIGN, borrow, own_bytes
+from horizon.plan.activations import BORROW_ALIGN, borrow, own_bytes
 from horizon.store.offload import OffloadSpace
 from horizon.units import align_up
 

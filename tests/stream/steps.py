@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.models.skeleton import build_skeleton, init_parameters
 from horizon.store.gradients import KeptGradients
@@ -57,6 +58,7 @@ def record_steps(
     grad_dtype: torch.dtype = torch.float32,
     offloaded: Sequence[int] = (),
     old_shares: Sequence[float] = (0.0,),
+    recompute: Mapping[int, Recompute] | None = None,
     dropped: Site | None = None,
 ) -> Recorder:
     """Run one step per element of `old_shares`, weights updated in between; return what was seen."""
@@ -72,10 +74,10 @@ def record_steps(
     space = {key: torch.empty(ROWS * TOKENS * HIDDEN * compute_dtype.itemsize, dtype=torch.uint8) for key in keys}
     _name_memory(recorder, model, store, buffers, space, executor)
     batches = micro_batches(num_micro_batches)
-    with _labelled(model, recorder, num_micro_batches), recorder:
+    with _labelled(model, executor, recorder, num_micro_batches), recorder:
         for version, share in enumerate(old_shares):
             boundaries = Boundaries(streams, space)
-            executor.train(batches, version, boundaries, sink, seed=version, old_share=share)
+            executor.train(batches, version, boundaries, sink, seed=version, recompute=recompute or {}, old_share=share)
             sink.finish()
             for layout in model.layouts:
                 store.ledger.publish(layout.index, version + 1)
@@ -96,28 +98,39 @@ def _name_memory(
 
 
 @contextmanager
-def _labelled(model: BlockModel, recorder: Recorder, num: int) -> Iterator[None]:
+def _labelled(model: BlockModel, executor: Executor, recorder: Recorder, num: int) -> Iterator[None]:
     """Have the log say what compute does: forward, recompute and backward per block and micro-batch."""
     calls: Counter[str] = Counter()
-    embed, layer, logits, grad = model.embed, model.layer, model.logits, torch.autograd.grad
+    passes, grad = executor._passes, torch.autograd.grad
 
     def count(what: str) -> str:
         calls[what] += 1
         return f"{what} m{(calls[what] - 1) % num}"
 
-    def forward(block: int) -> None:
-        verb = "recompute" if torch.is_grad_enabled() and block != model.head else "forward"
-        recorder.label("compute", count(f"{verb} {model.layouts[block].name}"))
-        calls["block"] = block
+    def labelled(run: Callable[..., Any], verb: str, block: int | None = None) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls["block"] = args[0] if block is None else block
+            recorder.label("compute", count(f"{verb} {model.layouts[calls['block']].name}"))
+            return run(*args, **kwargs)
+
+        return wrapped
 
     def labelled_grad(*args: Any, **kwargs: Any) -> Any:
         recorder.label("compute", count(f"backward {model.layouts[calls['block']].name}"))
         return grad(*args, **kwargs)
 
+    def kept(key: tuple[int, int], *args: Any) -> Any:
+        calls["block"] = key[0]
+        return backward_kept(key, *args)
+
+    backward_kept = passes.backward_kept
     with (
-        mock.patch.object(model, "embed", lambda *args: (forward(0), embed(*args))[1]),
-        mock.patch.object(model, "layer", lambda block, *args: (forward(block), layer(block, *args))[1]),
-        mock.patch.object(model, "logits", lambda *args: (forward(model.head), logits(*args))[1]),
+        mock.patch.object(model, "embed", labelled(model.embed, "forward", 0)),
+        mock.patch.object(model, "layer", labelled(model.layer, "forward")),
+        mock.patch.object(model, "differentiable_layer", labelled(model.differentiable_layer, "forward")),
+        mock.patch.object(model, "recompute", labelled(model.recompute, "recompute")),
+        mock.patch.object(model, "logits", labelled(model.logits, "forward", model.head)),
+        mock.patch.object(passes, "backward_kept", kept),
         mock.patch("torch.autograd.grad", labelled_grad),
     ):
         yield

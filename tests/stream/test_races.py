@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from horizon.config.schema import Recompute
 from horizon.stream import boundaries, executor, gradients, slots
 from tests.stream.steps import record_steps, tiny_model
 
@@ -28,6 +29,13 @@ SCENARIOS = {
         "grad_dtype": torch.bfloat16,
         "drain_slots": 4,
         "old_shares": (0.0, 0.5),
+    },
+    "graphs and linear outputs kept": lambda: {
+        "model": tiny_model(layers=3),
+        "num_micro_batches": 2,
+        "offloaded": (1, 2),
+        "recompute": {2: Recompute.selective, 3: Recompute.none},
+        "old_shares": (0.0, 0.0),
     },
     "one slot, frozen blocks": lambda: {
         "model": tiny_model(layers=2, freeze=FROZEN),

@@ -53,7 +53,6 @@ drain     waits for compute: backward layers.0 m0
 drain   drain gradient layers.0
 compute   waits for fetch: load weights embed
 compute   waits for drain: drain gradient layers.1
-compute recompute embed m0
 compute backward embed m0
 drain     waits for compute: backward embed m0
 drain   drain gradient embed
@@ -120,9 +119,7 @@ drain     waits for compute: backward layers.0 m1
 drain   drain gradient layers.0
 compute   waits for fetch: load weights embed
 compute   waits for drain: drain gradient layers.1
-compute recompute embed m0
 compute backward embed m0
-compute recompute embed m1
 compute backward embed m1
 drain     waits for compute: backward embed m1
 drain   drain gradient embed
@@ -159,7 +156,6 @@ fetch     waits for compute: backward layers.0 m0
 fetch     waits for drain: drain gradient embed
 fetch   load gradient embed
 compute   waits for fetch: load gradient embed
-compute recompute embed m0
 compute backward embed m0
 drain     waits for compute: backward embed m0
 drain   drain gradient embed

@@ -1,0 +1,254 @@
+"""Where the activations of a step go: which boundaries leave for the host, and which blocks keep more than a boundary.
+
+Pure arithmetic, as `horizon.plan.memory`; what a block takes and keeps was measured.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from horizon.config.schema import Recompute
+from horizon.errors import BudgetError
+from horizon.plan.memory import Line, MemoryPlan, check_fits
+from horizon.units import GIB, align_up
+
+Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
+BORROW_ALIGN = 256
+EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
+WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """Device bytes that running one block takes, as measured: a line in the micro-batch's tokens, or the head."""
+
+    base: int
+    per_token: int
+    least: int  # a chunk of the head
+    kept_selective: int = 0  # per token, what a layer keeps besides its boundary; 0: not measured
+    kept_none: int = 0  # per token, what a layer's graph holds, its boundary included; 0: not measured
+
+    def at(self, tokens: int) -> int:
+        """Bytes at a micro-batch of `tokens` tokens."""
+        return max(self.least, self.base + self.per_token * tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationPlan:
+    """Where the activations of one batch shape go. From the first layer to the last:
+
+    | boundary on the device | boundary on the host | graph kept on the device |
+
+    and of the layers before the kept graphs, the last ones keep the outputs of their linear layers, too.
+    """
+
+    offloaded: frozenset[int]  # blocks whose input is kept on the host
+    recompute: Mapping[int, Recompute]  # of the blocks that keep more than a boundary
+    lines: tuple[Line, ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of boundaries on the host that found no idle gradient buffer."""
+        return sum(line.num_bytes for line in self.lines if line.tier == "host")
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Device bytes for what layers keep, and what each kind of keeping takes for a whole step."""
+
+    num_layers: int
+    num_bytes: int
+    boundary: int
+    selective: int  # besides the boundary
+    graph: int  # boundary included
+
+    def offloaded(self, num_graphs: int, num_selective: int) -> int:
+        """Boundaries that must leave for the host; more than there are where not even that is enough."""
+        left = self.num_bytes - num_graphs * self.graph - num_selective * self.selective
+        layers = self.num_layers - num_graphs
+        return layers + 1 if left < 0 else max(0, layers - left // max(self.boundary, 1))
+
+
+def plan_activations(
+    plan: MemoryPlan,
+    tokens: Sequence[int],
+    token_bytes: int,
+    working: WorkingSet,
+    idle: Sequence[int],
+    recompute: Recompute = Recompute.full,
+) -> ActivationPlan:
+    """Decide which boundaries stay on the device, and with `auto` how many layers keep more than that.
+
+    Boundaries leave for the host before a layer has to be recomputed, as long as idle gradient buffers take them.
+    Keeping the outputs of linear layers saves more time per byte than keeping the whole graph, which comes last.
+
+    Args:
+        plan: without activations.
+        tokens: tokens of each micro-batch of the step.
+        token_bytes: bytes of one token's hidden state.
+        working: what a block's recompute and backward need.
+        idle: per block the bytes of its gradient buffer on the host, which boundaries may borrow; 0 where not.
+        recompute: the same for all layers, or auto.
+
+    Raises:
+        BudgetError: not even with all boundaries on the host.
+    """
+    num_layers, boundary = plan.num_blocks - 2, sum(tokens) * token_bytes
+    passing = 3 * boundary  # entering a block, leaving it, and the gradient on its way down
+    busy = working.at(max(tokens))
+    room = _Room(
+        num_layers,
+        plan.limits.device - plan.num_bytes("device") - busy - passing,
+        boundary,
+        sum(tokens) * working.kept_selective,
+        sum(tokens) * working.kept_none,
+    )
+
+    def own(num_graphs: int, num_selective: int) -> int:
+        """Host bytes of boundaries that find no idle buffer."""
+        away = _offloaded(room, num_graphs, num_selective)
+        return own_bytes(boundary_sizes(away, tokens, token_bytes), idle)
+
+    num_graphs, num_selective = _kept_layers(room, recompute, own)
+    away = _offloaded(room, num_graphs, num_selective)
+    lines = (
+        Line("host", "offloaded activations", own(num_graphs, num_selective)),
+        Line("device", f"block at work ({max(tokens)} tokens)", busy),
+        Line("device", "hidden states", passing),
+        *_kept_lines(room, num_graphs, num_selective),
+    )
+    remedy = "a smaller train.micro_batch or train.batch_size"
+    if recompute not in (Recompute.auto, Recompute.full):
+        remedy = f"memory.recompute=auto instead of {recompute}, {remedy}"
+    check_fits(plan.with_activations(lines), remedy)
+    first_graph = 1 + num_layers - num_graphs
+    kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
+    kept |= {block: Recompute.none for block in range(first_graph, 1 + num_layers)}
+    return ActivationPlan(away, kept, lines)
+
+
+def _kept_lines(room: _Room, num_graphs: int, num_selective: int) -> list[Line]:
+    """What the layers keep on the device."""
+    on_device = room.num_layers - num_graphs - len(_offloaded(room, num_graphs, num_selective))
+    lines = [Line("device", f"boundaries of {on_device} blocks", on_device * room.boundary)]
+    if num_selective:
+        lines.append(Line("device", f"linear outputs of {num_selective} blocks", num_selective * room.selective))
+    if num_graphs:
+        lines.append(Line("device", f"graphs of {num_graphs} blocks", num_graphs * room.graph))
+    return lines
+
+
+def _offloaded(room: _Room, num_graphs: int, num_selective: int) -> frozenset[int]:
+    """Blocks whose boundary leaves for the host: the last of those that have one.
+
+    Gradient buffers of the blocks below these are idle until the boundaries have come back.
+    """
+    layers = room.num_layers - num_graphs
+    num_offloaded = min(layers, room.offloaded(num_graphs, num_selective))
+    return frozenset(range(1 + layers - num_offloaded, 1 + layers))
+
+
+def _kept_layers(room: _Room, recompute: Recompute, own: Callable[[int, int], int]) -> tuple[int, int]:
+    """(layers that keep their graph, layers that keep the outputs of their linear layers)."""
+    layers = room.num_layers
+    if recompute is Recompute.full:
+        return 0, 0
+    if recompute is Recompute.selective:
+        return 0, layers
+    if recompute is Recompute.none:
+        return layers, 0
+
+    allowed = own(0, 0)
+
+    def fits(num_graphs: int, num_selective: int) -> bool:
+        enough = room.offloaded(num_graphs, num_selective) <= layers - num_graphs
+        return enough and own(num_graphs, num_selective) <= allowed
+
+    selective = _most(layers, lambda n: fits(0, n)) if room.selective else 0
+    if selective < layers or not room.graph:
+        return 0, selective
+    graphs = _most(layers, lambda n: fits(n, layers - n))
+    return graphs, layers - graphs
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n <= limit that fits, where 0 does and more never fits better."""
+    return bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
+
+
+def boundary_sizes(offloaded: Iterable[int], tokens: Sequence[int], token_bytes: int) -> dict[Key, int]:
+    """Bytes of every offloaded boundary, by (block, micro-batch)."""
+    return {(block, m): num * token_bytes for block in offloaded for m, num in enumerate(tokens)}
+
+
+EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
+WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
+
+
+def choose_micro_batch(
+    plan: MemoryPlan,
+    batch_size: int,
+    seq_len: int,
+    token_bytes: int,
+    working: WorkingSet,
+    idle: Sequence[int],
+    recompute: Recompute = Recompute.full,
+) -> int:
+    """Rows per micro-batch, a divisor of `batch_size`: as many as fit without host memory of their own for activations.
+
+    Large ones save launches and gradient sums, until the block at work pushes boundaries out to the host, or takes the
+    room in which layers could keep what they need for their backward.
+
+    Raises:
+        BudgetError: not even one row fits.
+    """
+    divisors = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0]
+    best: tuple[tuple[bool, int, int, int], int] | None = None
+    for rows in divisors:
+        tokens = [rows * seq_len] * (batch_size // rows)
+        try:
+            planned = plan_activations(plan, tokens, token_bytes, working, idle, recompute)
+        except BudgetError:
+            if rows == 1:
+                raise
+            break  # more rows need more
+        too_small = rows * seq_len < EFFICIENT_TOKENS and rows < batch_size
+        rank = too_small, planned.host_bytes // WORTHWHILE, -len(planned.recompute), -rows
+        if best is None or rank < best[0]:
+            best = rank, rows
+    assert best is not None
+    return best[1]
+
+
+def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, tuple[int, int]], list[Key]]:
+    """Place offloaded boundaries in idle gradient buffers.
+
+    A boundary that enters block b is written after the previous step's updates of blocks below b are done (the forward
+    waited for them) and read back before gradients of blocks below b are drained: it may lie in those buffers.
+
+    Args:
+        sizes: bytes of each boundary.
+        idle: bytes of each block's gradient buffer, 0 where it is not idle.
+
+    Returns:
+        (buffer's block, byte offset) per placed boundary, and the keys that found no room.
+    """
+    used = [0] * len(idle)
+    placed: dict[Key, tuple[int, int]] = {}
+    homeless = []
+    for key in sorted(sizes):
+        need = align_up(sizes[key], BORROW_ALIGN)
+        home = next((b for b in range(min(key[0], len(idle))) if used[b] + need <= idle[b]), None)
+        if home is None:
+            homeless.append(key)
+        else:
+            placed[key] = home, used[home]
+            used[home] += need
+    return placed, homeless
+
+
+def own_bytes(sizes: Mapping[Key, int], idle: Sequence[int]) -> int:
+    """Host bytes that boundaries need beyond what they can borrow."""
+    return sum(align_up(sizes[key], BORROW_ALIGN) for key in borrow(sizes, idle)[1])

@@ -1,0 +1,83 @@
+"""The activations of steps: measured once per batch shape, planned, and given their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from horizon.config.schema import Recompute
+from horizon.plan.activations import (
+    ActivationPlan,
+    WorkingSet,
+    boundary_sizes,
+    choose_micro_batch,
+    plan_activations,
+)
+from horizon.plan.memory import MemoryPlan
+from horizon.store.offload import OffloadSpace
+from horizon.stream.boundaries import Boundaries
+from horizon.stream.executor import Executor
+from horizon.stream.measure import measure_working_set, measured_rows
+from horizon.stream.streams import Streams
+
+
+class Activations:
+    """Decides per batch shape what stays on the device, and holds what leaves it.
+
+    Args:
+        recompute: as configured. On CPU `auto` is `full`: there, memory is what is scarce.
+        token_bytes: bytes of one token's hidden state.
+    """
+
+    def __init__(self, executor: Executor, streams: Streams, recompute: Recompute, token_bytes: int):
+        on_cpu = streams.device.type == "cpu"
+        self._executor, self._streams, self._token_bytes = executor, streams, token_bytes
+        self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
+        self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
+        self._plans: dict[tuple[object, ...], ActivationPlan] = {}
+        self._offload = OffloadSpace(not on_cpu)
+
+    def choose_rows(self, fixed: MemoryPlan, batch_size: int, seq_len: int, idle: Sequence[int], version: int) -> int:
+        """Rows per micro-batch for steps of `batch_size` rows."""
+        working = self._working_set(seq_len, batch_size, version)
+        return choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes, working, idle, self._recompute)
+
+    def plan(
+        self, fixed: MemoryPlan, shapes: Sequence[tuple[int, int]], idle: Sequence[int], version: int
+    ) -> ActivationPlan:
+        """The plan of a step whose micro-batches have these (rows, tokens).
+
+        Args:
+            fixed: the engine's plan, without activations.
+            idle: per block the bytes of its gradient buffer that boundaries may borrow.
+            version: the weights' version to measure with.
+        """
+        key = fixed, tuple(shapes), tuple(idle)
+        if key not in self._plans:
+            tokens = [rows * length for rows, length in shapes]
+            seq_len = max(length for _, length in shapes)
+            working = self._working_set(seq_len, -(-max(tokens) // seq_len), version)
+            planned = plan_activations(fixed, tokens, self._token_bytes, working, idle, self._recompute)
+            self._plans = {key: planned}  # steps of a run look alike
+        return self._plans[key]
+
+    def boundaries(self, planned: ActivationPlan, tokens: Sequence[int], buffers: Sequence[Tensor]) -> Boundaries:
+        """Places for a step's boundaries.
+
+        `buffers`: per block its gradient buffer, empty where it may not be borrowed.
+        """
+        if not planned.offloaded:
+            return Boundaries(self._streams, {})
+        sizes = boundary_sizes(planned.offloaded, tokens, self._token_bytes)
+        return Boundaries(self._streams, self._offload.regions(sizes, buffers))
+
+    def close(self) -> None:
+        """Give host memory back. Idempotent."""
+        self._offload.close()
+
+    def _working_set(self, seq_len: int, max_rows: int, version: int) -> WorkingSet:
+        key = seq_len, measured_rows(seq_len, max_rows)
+        if key not in self._measured:
+            self._measured[key] = measure_working_set(self._executor, *key, version, self._recompute)
+        return self._measured[key]
