@@ -44,7 +44,8 @@ class BlockModel:
         self.structure: Structure = find_structure(skeleton)
         self.layouts: tuple[BlockLayout, ...] = _lay_out(skeleton, self.structure)
         self.parameter_names: tuple[str, ...] = tuple(name for name, _ in skeleton.named_parameters())
-        self._tails: dict[int, nn.Linear | None] = {}  # by block: the projection that recomputation leaves out
+        # by block and training or not (dropout saves its mask): the projection that recomputation leaves out
+        self._tails: dict[tuple[int, bool], nn.Linear | None] = {}
         self._accepts = frozenset(inspect.signature(skeleton.forward).parameters)
         self.fused = fused  # fused kernels where there are some
         self._kernels = FusedKernels(skeleton) if fused else None
@@ -97,7 +98,6 @@ class BlockModel:
         """Switch dropout on or off, as `nn.Module.train`."""
         if self.skeleton.training is not mode:
             self.skeleton.train(mode)
-            self._tails.clear()  # dropout saves its mask
 
     def to(self, device: torch.device) -> None:
         """Move the buffers (rotary tables and the like, never parameters) to `device`."""
@@ -141,7 +141,8 @@ class BlockModel:
 
         `outputs`, where given, receives what `recompute` can take as `kept`.
         """
-        keeping = nullcontext() if outputs is None else self._linears[block].keeping(outputs, self._tails.get(block))
+        tail = self._tails.get((block, self.skeleton.training))
+        keeping = nullcontext() if outputs is None else self._linears[block].keeping(outputs, tail)
         with keeping:
             return self._run_layer(block, params, hidden, call)
 
@@ -159,13 +160,13 @@ class BlockModel:
 
         The gradients of linear weights go to `sums`, those of all other parameters where autograd puts them.
         """
-        linears = self._linears[block]
-        if block not in self._tails:
+        linears, key = self._linears[block], (block, self.skeleton.training)
+        if key not in self._tails:
             layer = self.structure.layers[block - 1]
             with linears.differentiating(sums, kept):
-                output, self._tails[block] = find_tail(layer, lambda: self._run_layer(block, params, hidden, call))
+                output, self._tails[key] = find_tail(layer, lambda: self._run_layer(block, params, hidden, call))
             return output
-        with linears.differentiating(sums, kept, self._tails[block]):
+        with linears.differentiating(sums, kept, self._tails[key]):
             return self._run_layer(block, params, hidden, call)
 
     def _run_layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:

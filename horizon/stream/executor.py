@@ -157,7 +157,8 @@ class Executor:
     def rehearse_layers(self, batches: Sequence[MicroBatch], version: int) -> None:
         """Forward and backward of one layer of each kind, gradients dropped: for measuring what a layer takes."""
         assert self.gradients is not None
-        for block, params, hidden, calls in self._rehearse(batches, version):
+        kinds = {self._layouts[b].num_elements: b for b in range(1, self._head)}
+        for block, params, hidden, calls in self._rehearse(batches, version, sorted(kinds.values())):
             if block < self._first:
                 self._forward_block(block, params, batches, hidden, calls)
                 continue
@@ -167,26 +168,31 @@ class Executor:
                 self._passes.backward((block, m), params, states, calls[m][block - 1], grad, self.gradients)
 
     def rehearse_keeping(self, batch: MicroBatch, version: int, recompute: Recompute) -> int:
-        """Bytes that the layer which keeps most keeps of a micro-batch."""
-        most = 0
-        for block, params, (hidden,), (calls,) in self._rehearse([batch], version):
-            if block >= self._first:
-                self._passes.forward((block, 0), params, hidden, calls[block - 1], self.gradients, recompute)
-                most = max(most, self._passes.kept_bytes((block, 0)))
-                self._passes.reset()
+        """Bytes that the layer which keeps most keeps of a micro-batch.
+
+        Goes through all layers: each learns which outputs backward needs, and which of those are overwritten.
+        """
+        assert self.gradients is not None
+        most, layers = 0, list(range(max(1, self._first), self._head))
+        for block, params, (hidden,), (calls,) in self._rehearse([batch], version, layers):
+            self.gradients.open(block, single=False)
+            call, grad = calls[block - 1], torch.ones_like(hidden)
+            self._passes.backward((block, 0), params, hidden, call, grad, self.gradients)
+            self._passes.forward((block, 0), params, hidden, call, self.gradients, recompute)
+            most = max(most, self._passes.kept_bytes((block, 0)))
+            self._passes.reset()
         return most
 
     def _rehearse(
-        self, batches: Sequence[MicroBatch], version: int
+        self, batches: Sequence[MicroBatch], version: int, layers: Sequence[int]
     ) -> Iterator[tuple[int, Mapping[str, Tensor], list[Tensor], list[list[Call]]]]:
-        """Visit one layer of each kind, each with the embedding's hidden states."""
-        kinds = {self._layouts[b].num_elements: b for b in range(1, self._head)}
-        self._weights.begin([0, *sorted(kinds.values())], version)
+        """Visit some layers, each with the embedding's hidden states."""
+        self._weights.begin([0, *layers], version)
         self._model.train(True)
         calls: list[list[Call]] = []
         with self._visit() as (block, params):
             hidden = self._forward_block(block, params, batches, [], calls)
-        for _ in kinds:
+        for _ in layers:
             with self._visit() as (block, params):
                 yield block, params, list(hidden), calls
 

@@ -60,7 +60,7 @@ class _SavedWeights:
         name = self._names.get(storage.data_ptr())
         if name is None:
             self._others[storage.data_ptr()] = storage.nbytes()
-            return saved
+            return saved.detach()  # a node that holds its own output holds itself, and a dropped graph would stay
         shift = int(saved.storage_offset() - self._params[name].storage_offset())
         return _Place(name, shift, saved.size(), saved.stride())
 
