@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from horizon.config.schema import Recompute
 from horizon.errors import BudgetError
@@ -222,8 +223,16 @@ def choose_micro_batch(
     return best[1]
 
 
-def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, tuple[int, int]], list[Key]]:
-    """Place offloaded boundaries in idle gradient buffers.
+class Piece(NamedTuple):
+    """A range of one block's gradient buffer."""
+
+    buffer: int
+    offset: int
+    num_bytes: int
+
+
+def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, list[Piece]], dict[Key, int]]:
+    """Place offloaded boundaries in idle gradient buffers, cut into pieces where one buffer has too little room.
 
     A boundary that enters block b is written after the previous step's updates of blocks below b are done (the forward
     waited for them) and read back before gradients of blocks below b are drained: it may lie in those buffers.
@@ -233,22 +242,25 @@ def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, tup
         idle: bytes of each block's gradient buffer, 0 where it is not idle.
 
     Returns:
-        (buffer's block, byte offset) per placed boundary, and the keys that found no room.
+        per boundary its pieces, in order, and the bytes at its end that found no room.
     """
-    used = [0] * len(idle)
-    placed: dict[Key, tuple[int, int]] = {}
-    homeless = []
+    room = [num_bytes // BORROW_ALIGN * BORROW_ALIGN for num_bytes in idle]
+    placed: dict[Key, list[Piece]] = {}
+    homeless: dict[Key, int] = {}
     for key in sorted(sizes):
-        need = align_up(sizes[key], BORROW_ALIGN)
-        home = next((b for b in range(min(key[0], len(idle))) if used[b] + need <= idle[b]), None)
-        if home is None:
-            homeless.append(key)
-        else:
-            placed[key] = home, used[home]
-            used[home] += need
+        rest, placed[key] = sizes[key], []
+        for buffer in range(min(key[0], len(idle))):
+            if rest and room[buffer]:
+                take = min(rest, room[buffer])
+                offset = idle[buffer] // BORROW_ALIGN * BORROW_ALIGN - room[buffer]
+                placed[key].append(Piece(buffer, offset, take))
+                room[buffer] -= align_up(take, BORROW_ALIGN)
+                rest -= take
+        if rest:
+            homeless[key] = rest
     return placed, homeless
 
 
 def own_bytes(sizes: Mapping[Key, int], idle: Sequence[int]) -> int:
     """Host bytes that boundaries need beyond what they can borrow."""
-    return sum(align_up(sizes[key], BORROW_ALIGN) for key in borrow(sizes, idle)[1])
+    return sum(align_up(num_bytes, BORROW_ALIGN) for num_bytes in borrow(sizes, idle)[1].values())

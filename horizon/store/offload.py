@@ -23,8 +23,8 @@ class OffloadSpace:
         self._pin = pin
         self._own: Arena | None = None
 
-    def regions(self, sizes: Mapping[Key, int], idle: Sequence[Tensor]) -> dict[Key, Tensor]:
-        """A byte region for every key, valid until the next call.
+    def regions(self, sizes: Mapping[Key, int], idle: Sequence[Tensor]) -> dict[Key, list[Tensor]]:
+        """Byte regions for every key, one after the other as many bytes as it needs; valid until the next call.
 
         Args:
             sizes: bytes of each boundary.
@@ -32,13 +32,14 @@ class OffloadSpace:
         """
         placed, homeless = borrow(sizes, [buffer.numel() * buffer.element_size() for buffer in idle])
         regions = {
-            key: idle[block].view(torch.uint8)[offset : offset + sizes[key]] for key, (block, offset) in placed.items()
+            key: [idle[p.buffer].view(torch.uint8)[p.offset : p.offset + p.num_bytes] for p in pieces]
+            for key, pieces in placed.items()
         }
         offset = 0
-        space = self._own_space(sum(align_up(sizes[key], BORROW_ALIGN) for key in homeless))
-        for key in homeless:
-            regions[key] = space[offset : offset + sizes[key]]
-            offset += align_up(sizes[key], BORROW_ALIGN)
+        space = self._own_space(sum(align_up(num_bytes, BORROW_ALIGN) for num_bytes in homeless.values()))
+        for key, num_bytes in homeless.items():
+            regions[key].append(space[offset : offset + num_bytes])
+            offset += align_up(num_bytes, BORROW_ALIGN)
         return regions
 
     def _own_space(self, num_bytes: int) -> Tensor:

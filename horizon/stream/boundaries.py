@@ -7,7 +7,7 @@ its device memory is given back once the next block has read it, and it returns 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class Boundaries:
     """The boundaries of one step.
 
     Args:
-        host: a pinned host buffer (bytes) for every boundary that is offloaded; the others stay on the device.
+        host: pinned host memory (bytes, in pieces) for every boundary that is offloaded; the others stay on the device.
     """
 
-    def __init__(self, streams: Streams, host: Mapping[Key, Tensor]):
+    def __init__(self, streams: Streams, host: Mapping[Key, Sequence[Tensor]]):
         self._streams, self._host = streams, host
         self._device: dict[Key, Tensor] = {}
         self._saved: dict[Key, tuple[Any, torch.Size, torch.dtype]] = {}  # copy's event, shape, dtype
@@ -35,11 +35,12 @@ class Boundaries:
 
     def save(self, key: Key, hidden: Tensor) -> None:
         """Keep `hidden`; where it is offloaded, start its way to the host."""
-        self._device[key] = hidden
+        hidden = self._device[key] = hidden.contiguous()
         if key in self._host:
             drain = self._streams.drain
             drain.wait_event(self._streams.compute.record_event())
-            self._streams.copy(drain, self._view(key, hidden.shape, hidden.dtype), hidden)
+            for piece, part in self._pieces(key, hidden):
+                self._streams.copy(drain, piece, part)
             self._saved[key] = drain.record_event(), hidden.shape, hidden.dtype
 
     def read(self, key: Key) -> None:
@@ -71,9 +72,14 @@ class Boundaries:
             hidden = self._streams.empty(*shape, dtype=dtype)
             fetch.wait_event(self._streams.compute.record_event())  # earlier users of this memory
             fetch.wait_event(saved)
-            self._streams.copy(fetch, hidden, self._view(key, shape, dtype))
+            for piece, part in self._pieces(key, hidden):
+                self._streams.copy(fetch, part, piece)
             self._returning[key] = hidden, fetch.record_event()
 
-    def _view(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        num_bytes = shape.numel() * dtype.itemsize
-        return self._host[key][:num_bytes].view(dtype).view(shape)
+    def _pieces(self, key: Key, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(host bytes, the part of `hidden` that belongs there)."""
+        flat, start = hidden.view(-1).view(torch.uint8), 0
+        for piece in self._host[key]:
+            end = min(start + piece.numel(), flat.numel())
+            yield piece[: end - start], flat[start:end]
+            start = end

@@ -71,7 +71,7 @@ def record_steps(
     grads = [buffers.claim(lay.index) for lay in model.layouts]
     sink = RecordedSink(recorder, grads, [store.weights, store.residual])
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
-    space = {key: torch.empty(ROWS * TOKENS * HIDDEN * compute_dtype.itemsize, dtype=torch.uint8) for key in keys}
+    space = {key: [torch.empty(ROWS * TOKENS * HIDDEN * compute_dtype.itemsize, dtype=torch.uint8)] for key in keys}
     _name_memory(recorder, model, store, buffers, space, executor)
     batches = micro_batches(num_micro_batches)
     with _labelled(model, executor, recorder, num_micro_batches), recorder:
@@ -88,7 +88,7 @@ def _name_memory(
     recorder: Recorder, model: BlockModel, store: HostStore, buffers: KeptGradients, space: Any, executor: Executor
 ) -> None:
     recorder.name(executor._host_loss, "loss")
-    for key, region in space.items():
+    for key, (region,) in space.items():
         recorder.name(region, f"boundary {model.layouts[key[0]].name} m{key[1]}")
     for layout in model.layouts:
         recorder.name(store.weights[layout.index], f"weights {layout.name}")
