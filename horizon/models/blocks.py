@@ -22,6 +22,7 @@ from horizon.layout import BlockLayout, Param, ParamSpec, place_block
 from horizon.models.kernels import FusedKernels
 from horizon.models.linear import GradientSums, Kept, Linears, find_tail
 from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
+from horizon.models.tiles import TiledMlp, find_mlp, takes_tiles
 
 Params = Mapping[str, Tensor]  # local parameter name -> tensor
 
@@ -54,6 +55,8 @@ class BlockModel:
         self._linears = tuple(
             Linears(m, {name for name, _, _ in lay.slot_ranges()}) for m, lay in zip(modules, self.layouts, strict=True)
         )
+        mlps = [find_mlp(layer) for layer in self.structure.layers]
+        self._mlps = tuple(TiledMlp(m, lin) if m else None for m, lin in zip(mlps, self._linears[1:], strict=False))
 
     @property
     def num_blocks(self) -> int:
@@ -141,9 +144,13 @@ class BlockModel:
 
         `outputs`, where given, receives what `recompute` can take as `kept`.
         """
-        tail = self._tails.get((block, self.skeleton.training))
-        keeping = nullcontext() if outputs is None else self._linears[block].keeping(outputs, tail)
-        with keeping:
+        tiled = self._tiled(block, hidden)
+        context: AbstractContextManager[None] = nullcontext()
+        if outputs is not None:
+            context = self._linears[block].keeping(outputs, self._tails.get((block, self.skeleton.training)))
+        elif tiled is not None:
+            context = tiled.forward_only()
+        with context:
             return self._run_layer(block, params, hidden, call)
 
     def differentiable_layer(
@@ -166,13 +173,19 @@ class BlockModel:
             with linears.differentiating(sums, kept):
                 output, self._tails[key] = find_tail(layer, lambda: self._run_layer(block, params, hidden, call))
             return output
-        with linears.differentiating(sums, kept, self._tails[key]):
+        tiled, tail = self._tiled(block, hidden), self._tails[key]
+        tiling = nullcontext() if tiled is None or kept else tiled.differentiating(sums, tail)
+        with linears.differentiating(sums, kept, tail), tiling:
             return self._run_layer(block, params, hidden, call)
 
     def _run_layer(self, block: int, params: Params, hidden: Tensor, call: Call) -> Tensor:
         with self._bindings[block].bound(params), self._kernels.active() if self._kernels else nullcontext():
             output = self.structure.layers[block - 1](hidden, *call.args, **call.kwargs)
         return output[0] if self.structure.returns_tuple else output  # type: ignore[no-any-return]
+
+    def _tiled(self, block: int, hidden: Tensor) -> TiledMlp | None:
+        """The layer's MLP, where it has one and the tokens are more than a tile."""
+        return self._mlps[block - 1] if takes_tiles(hidden) else None
 
     def _differentiating(self, block: int, sums: GradientSums | None) -> AbstractContextManager[None]:
         return nullcontext() if sums is None else self._linears[block].differentiating(sums)

@@ -110,7 +110,7 @@ class Linears:
 
         with ExitStack() as stack:
             for linear, name in self._linears:
-                stack.enter_context(_forward(linear, partial(kept, linear, name)))
+                stack.enter_context(replaced_forward(linear, partial(kept, linear, name)))
             yield
         if self._overwritten is None:
             copies = [copy for copy in outputs if copy is not None]
@@ -134,9 +134,9 @@ class Linears:
 
         with ExitStack() as stack:
             for linear, name in self._linears:
-                stack.enter_context(_forward(linear, partial(multiplied, linear, name)))
+                stack.enter_context(replaced_forward(linear, partial(multiplied, linear, name)))
             for table, name in self._tables:
-                stack.enter_context(_forward(table, partial(looked_up, table, name)))
+                stack.enter_context(replaced_forward(table, partial(looked_up, table, name)))
             yield
 
 
@@ -176,10 +176,14 @@ def _is_plain_table(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While open, calling `module` calls `forward`."""
+    before = module.__dict__.get("forward")  # fused kernels may have put theirs there
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

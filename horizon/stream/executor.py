@@ -19,6 +19,7 @@ from torch import Tensor
 from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.models.structure import Call
+from horizon.models.tiles import takes_tiles
 from horizon.store.gradients import GradientBuffers
 from horizon.store.host import HostStore
 from horizon.stream.batch import MicroBatch
@@ -167,20 +168,21 @@ class Executor:
                 grad = torch.ones_like(states)
                 self._passes.backward((block, m), params, states, calls[m][block - 1], grad, self.gradients)
 
-    def rehearse_keeping(self, batch: MicroBatch, version: int, recompute: Recompute) -> int:
-        """Bytes that the layer which keeps most keeps of a micro-batch.
+    def rehearse_keeping(self, batch: MicroBatch, version: int, kinds: Sequence[Recompute]) -> list[int]:
+        """Per kind the bytes that the layer which keeps most keeps of a micro-batch.
 
         Goes through all layers: each learns which outputs backward needs, and which of those are overwritten.
         """
         assert self.gradients is not None
-        most, layers = 0, list(range(max(1, self._first), self._head))
+        most, layers = [0] * len(kinds), list(range(max(1, self._first), self._head))
         for block, params, (hidden,), (calls,) in self._rehearse([batch], version, layers):
             self.gradients.open(block, single=False)
             call, grad = calls[block - 1], torch.ones_like(hidden)
             self._passes.backward((block, 0), params, hidden, call, grad, self.gradients)
-            self._passes.forward((block, 0), params, hidden, call, self.gradients, recompute)
-            most = max(most, self._passes.kept_bytes((block, 0)))
-            self._passes.reset()
+            for i, kind in enumerate(kinds):
+                self._passes.forward((block, 0), params, hidden, call, self.gradients, kind)
+                most[i] = max(most[i], self._passes.kept_bytes((block, 0)))
+                self._passes.reset()
         return most
 
     def _rehearse(
@@ -317,7 +319,7 @@ class Executor:
     ) -> None:
         """Differentiate the next layer of the backward walk; `grads` is replaced in place."""
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink, len(grads)):
+        with self._visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
             for m, grad in enumerate(grads):
                 if self._passes.keeps_graph((block, m)):
                     grad_hidden = self._passes.backward_kept((block, m), params, grad, self.gradients)
@@ -329,7 +331,7 @@ class Executor:
 
     def _backward_embedding(self, grads: list[Tensor], sink: GradientSink) -> None:
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink, len(grads)):
+        with self._visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
             for m, grad in enumerate(grads):
                 self._passes.backward_kept((block, m), params, grad, self.gradients)
 
@@ -342,12 +344,17 @@ class Executor:
         self._weights.release()
 
     @contextmanager
-    def _gradients_of(self, block: int, sink: GradientSink, num_parts: int | None = None) -> Iterator[None]:
-        """Sum the block's gradients, of `num_parts` parts where that is known, then send them to the host."""
+    def _gradients_of(self, block: int, sink: GradientSink, single: bool = False) -> Iterator[None]:
+        """Sum the block's gradients, or take a `single` one as it is, then send them to the host."""
         assert self.gradients is not None
-        self.gradients.open(block, single=num_parts == 1)
+        self.gradients.open(block, single)
         yield
         self.gradients.close(sink)
+
+
+def _is_single(grads: Sequence[Tensor]) -> bool:
+    """Whether each weight's gradient is computed at once, not summed over micro-batches or tiles of one."""
+    return len(grads) == 1 and not takes_tiles(grads[0])
 
 
 def _divisors(batches: Sequence[MicroBatch], share: float, custom: bool) -> list[float]:

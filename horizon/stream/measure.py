@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from horizon.stream.executor import Executor
 
 
+KEEPING_TOKENS = 4096  # of a row whose kept bytes are counted: they grow with the tokens and nothing else
 TOKENS = 16384  # enough that activations, not parameter gradients, make the peak
 
 
@@ -34,7 +35,7 @@ def measure_working_set(executor: Executor, seq_len: int, rows: int, version: in
     does not grow with the micro-batch. Where the budget has no room for that, with a single row. On CPU the stand-in
     has no memory of its own for kernels: only what layers keep is counted, where they are to keep something.
     """
-    selective, graph = _kept(executor, seq_len, version, recompute)
+    selective, graph = _kept(executor, min(seq_len, KEEPING_TOKENS), version, recompute)
     if executor.device.type != "cuda":
         return WorkingSet(0, 0, 0, selective, graph)
     try:
@@ -46,14 +47,14 @@ def measure_working_set(executor: Executor, seq_len: int, rows: int, version: in
     return WorkingSet(base, per_token, head, selective, graph)
 
 
-def _kept(executor: Executor, seq_len: int, version: int, recompute: Recompute) -> tuple[int, int]:
+def _kept(executor: Executor, tokens: int, version: int, recompute: Recompute) -> tuple[int, int]:
     """Bytes per token of one layer's linear outputs, and of its graph, as far as `recompute` asks for them."""
-    sizes = []
-    for kind in (Recompute.selective, Recompute.none):
-        asked = recompute in (Recompute.auto, kind)
-        num_bytes = executor.rehearse_keeping(_batch(executor, 1, seq_len)[0], version, kind) if asked else 0
-        sizes.append(-(-num_bytes // seq_len))
-    return sizes[0], sizes[1]
+    kinds = [kind for kind in (Recompute.selective, Recompute.none) if recompute in (Recompute.auto, kind)]
+    if not kinds and executor.device.type != "cuda":
+        return 0, 0
+    sizes = executor.rehearse_keeping(_batch(executor, 1, tokens)[0], version, kinds)
+    per_token = {kind: -(-num_bytes // tokens) for kind, num_bytes in zip(kinds, sizes, strict=True)}
+    return per_token.get(Recompute.selective, 0), per_token.get(Recompute.none, 0)
 
 
 def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> tuple[int, int, int]:
