@@ -353,6 +353,7 @@ class Engine:
         elif self._runtime.keeps_gradients:
             self._runtime.apply(self.lr, clip_scale(norm, self._max_grad_norm))
         self._has_gradients = self._runtime.keeps_gradients and not skipped
+        self._runtime.streams.timeline.end_step()
         return StepResult(loss, float(norm), num_tokens, time.perf_counter() - started, skipped)
 
     def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
