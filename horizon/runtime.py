@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ from horizon.plan.machine import (
     resolve_device,
 )
 from horizon.plan.memory import RING_BUFFERS, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.traffic import least_traffic
+from horizon.report.recording import Recording, record_steps
 from horizon.store.gradients import GradientBuffers, KeptGradients, RingGradients
 from horizon.store.host import HostStore
 from horizon.stream.activations import Activations
@@ -241,6 +243,11 @@ class Runtime:
         except BaseException:
             self.executor.reset()
             raise
+
+    def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
+        """See `horizon.report.recording.record_steps`."""
+        names = [layout.name for layout in self.model.layouts]
+        return record_steps(self.streams, names, least_traffic(self._needs), trace, picture)
 
     # ---- memory
 

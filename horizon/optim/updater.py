@@ -103,6 +103,7 @@ class Updater:
         num_threads: int,
         release: Callable[[int], None],
         chunk_elements: int = CHUNK_ELEMENTS,
+        *,
         timeline: Timeline | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:

@@ -22,7 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-COMPUTE, HOST, FETCH, DRAIN = "compute", "host", "H2D", "D2H"  # lanes; update threads have one each: "update 0", ...
+from horizon.errors import HorizonError
+
+COMPUTE, HOST, FETCH, DRAIN, UPDATE = "compute", "host", "H2D", "D2H", "update"  # lanes; "update 0", "update 1", ...
 PACED = 100e-6  # seconds of work queued, below which the device would soon have run dry
 HOST_RESOLUTION = 20e-6  # seconds; shorter stretches of the host's lane belong to the one before
 
@@ -228,7 +230,7 @@ class Timeline:
     def start(self, compute: Any) -> None:
         """Record from now on; waits for the work queued on `compute`."""
         if self._record is not None:
-            raise RuntimeError("steps are being recorded already")
+            raise HorizonError("steps are being recorded already; end that trace before beginning another")
         record = _Record(compute)
         self._new_step(record)
         self._record = record
@@ -237,6 +239,10 @@ class Timeline:
         """Record no more; gives the steps that ended since `start`. All device work must be done."""
         record, self._record = self._record, None
         return [] if record is None else _resolve(record, self._clock)
+
+    def forget(self) -> None:
+        """Record no more, and drop what was recorded."""
+        self._record = None
 
     def _new_step(self, record: _Record) -> None:
         anchor = self._clock.anchor(record.compute)
