@@ -215,7 +215,10 @@ class Timeline:
             self._record.moving[lane].num_bytes += num_bytes
 
     def update(self, block: int, num_bytes: int) -> AbstractContextManager[None]:
-        """The calling thread updates parameters of `block`, reading and writing `num_bytes` of host memory."""
+        """The calling thread updates parameters of `block`, reading and writing `num_bytes` of host memory.
+
+        What is under way when recording begins is not seen.
+        """
         if self._record is None:
             return nullcontext()
         return self._updating(self._record, block, num_bytes)

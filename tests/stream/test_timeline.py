@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -241,21 +242,22 @@ def test_times_of_two_clocks_are_put_in_order(times):
 
 # ---- the engine
 
+SHAPE = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}  # fmt: skip
+BATCH = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(32).view(2, 16)}
+
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])
 def test_an_engines_steps_on_cpu(max_grad_norm):
-    shape = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }  # fmt: skip
-    batch = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(32).view(2, 16)}
-    with horizon.Engine.from_config(shape, device="cpu", max_grad_norm=max_grad_norm, self_check=False) as engine:
-        engine.step(batch)
+    with horizon.Engine.from_config(SHAPE, device="cpu", max_grad_norm=max_grad_norm, self_check=False) as engine:
+        engine.step(BATCH)
         with engine.trace() as recording:
             assert recording.steps == ()
             for _ in range(2):
-                engine.step(batch)
-        engine.step(batch)
+                engine.step(BATCH)
+        engine.step(BATCH)
     assert len(recording.steps) == 2
     assert recording.steps[0].end == recording.steps[1].start
     for step in recording.steps:
@@ -267,3 +269,21 @@ def test_an_engines_steps_on_cpu(max_grad_norm):
         assert lane(step, "D2H") == [("gradient", b) for b in (4, 3, 2, 1, 0)]
     updated = {s.block for step in recording.steps for s in step.spans if s.lane.startswith("update")}
     assert updated == {0, 1, 2, 3, 4}
+
+
+def test_a_forward_that_overtakes_the_update_waits_for_it_and_says_so(monkeypatch):
+    with horizon.Engine.from_config(SHAPE, device="cpu", self_check=False) as engine:
+        engine.step(BATCH)
+        updater = engine._runtime._updater
+        update = updater._update
+        monkeypatch.setattr(updater, "_update", lambda *arrays: (time.sleep(0.01), update(*arrays)))
+        engine.step(BATCH)
+        with engine.trace() as recording:
+            engine.step(BATCH)
+    (step,) = recording.steps
+    waits = [s for s in step.lane("compute") if s.what == "update"]
+    assert {s.block for s in waits} >= {1, 2, 3} and {s.cause for s in waits} == {Cause.optimizer}
+    for block in (1, 2, 3):  # waited for until its last chunk is done
+        done = max(s.end for s in step.spans if s.lane.startswith("update") and s.block == block)
+        assert done <= max(s.end for s in waits if s.block == block)
+    assert recording.split.optimizer_ms > 0
