@@ -43,6 +43,7 @@ SECOND = step(
     [
         copied("H2D", "weights", 5.0, 0.5, 1000),
         copied("H2D", "boundary", 5.5, 0.5, 300),
+        copied("H2D", "gradient", 6.0, 0.25, 40),
         copied("D2H", "gradient", 6.0, 3.0, 5000),
         dataclasses.replace(Span("update 0", "update", 0, 5.0, 6.0, None, 2_000_000_000)),
     ],
@@ -65,6 +66,7 @@ def test_traffic_is_compared_with_what_a_step_needs():
         ("H2D", "weights"): (1000, 900, 750),
         ("D2H", "boundary"): (150, 150, 250),
         ("H2D", "boundary"): (150, 150, 250),
+        ("H2D", "gradient"): (20, 0, 125),
         ("D2H", "gradient"): (2500, 2500, 1500),
     }
 
