@@ -67,11 +67,11 @@ def test_but_for_the_masks_a_step_makes_the_host_wait_for_nothing(
     """Everything but the model's prologue, which makes the masks, in the forward and in the embedding's backward."""
     embed = BlockModel.embed
 
-    def unwatched(self, *args):
+    def unwatched(self, *args, **kwargs):
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
         try:
-            return embed(self, *args)
+            return embed(self, *args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 

@@ -24,9 +24,10 @@ LARGE = {
 }  # fmt: skip
 
 
-def recorded(num_steps=2, *, prepare=lambda streamed: None, **settings):
-    """(timelines, split) of steady steps."""
-    with engine(LARGE, compute_dtype="bfloat16", **settings) as streamed:
+def recorded(num_steps=2, *, prepare=lambda streamed: None, max_grad_norm=1.0, **memory):
+    """(timelines, split) of steady steps whose backward runs every layer again."""
+    memory = horizon.MemoryConfig(recompute="full", **memory)
+    with engine(LARGE, compute_dtype="bfloat16", memory=memory, max_grad_norm=max_grad_norm) as streamed:
         step = batches(2, rows=1, tokens=8, vocab=VOCAB)
         streamed.step(step), streamed.step(step)
         prepare(streamed)
@@ -36,19 +37,15 @@ def recorded(num_steps=2, *, prepare=lambda streamed: None, **settings):
         return recording.steps, recording.split
 
 
-def memory(weight_slots):
-    return horizon.MemoryConfig(weight_slots=weight_slots)
-
-
 @pytest.fixture
 def slow_layers(monkeypatch):
-    layer = BlockModel.layer
+    layer = BlockModel._run_layer
 
     def slow(self, *args):
         torch.cuda._sleep(CYCLES)
         return layer(self, *args)
 
-    monkeypatch.setattr(BlockModel, "layer", slow)
+    monkeypatch.setattr(BlockModel, "_run_layer", slow)
 
 
 def overlap(first, second):
@@ -91,8 +88,8 @@ def test_a_loads_bytes_and_time_make_a_believable_speed():
 
 
 def test_with_one_slot_each_load_is_exposed_and_with_two_kernels_hide_it(slow_layers):
-    (one,), split_one = recorded(1, memory=memory(1))
-    (two,), split_two = recorded(1, memory=memory(2))
+    (one,), split_one = recorded(1, weight_slots=1)
+    (two,), split_two = recorded(1, weight_slots=2)
     layers = {1, 2, 3, 4}
     assert layers <= {s.block for s in waits_for_weights(one)}
     assert overlap(one.lane("H2D"), [s for s in works(one) if s.block in layers]) < 0.1 * split_one.arithmetic_ms / 1e3
@@ -106,7 +103,7 @@ def test_a_slow_update_is_the_optimizers_fault():
         update = streamed._runtime._updater._update
         streamed._runtime._updater._update = lambda *args: (time.sleep(0.02), update(*args))
 
-    (_, step), split = recorded(prepare=slow_down, memory=horizon.MemoryConfig(update_threads=1))
+    (_, step), split = recorded(prepare=slow_down, update_threads=1)
     assert split.optimizer_ms == max(split.optimizer_ms, split.link_ms, split.data_ms, split.launch_ms)
     assert {0, 1} <= {s.block for s in step.lane("compute") if s.cause is Cause.optimizer}
     updates = [s for s in step.spans if s.lane.startswith("update")]

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.store.gradients import KeptGradients
 from horizon.stream.boundaries import Boundaries
@@ -30,7 +31,7 @@ from tests.stream.steps import HIDDEN, ROWS, TOKENS, filled_store, micro_batches
 
 @dataclass(frozen=True)
 class Durations:
-    kernel: int = 10  # each forward of a block and each backward of one; a layer's backward recomputes first
+    kernel: int = 10  # a forward of a block, and a backward of one without the forward that may come before it
     fetch: int = 4  # each copy to the device
     drain: int = 3  # each copy to the host, but for the loss
     issue: int = 0  # of the host, for each of these
@@ -166,6 +167,7 @@ def simulate(
     num_micro_batches: int = 1,
     offloaded: Sequence[int] = (),
     old_share: float = 0.0,
+    recompute: Mapping[int, Recompute] | None = None,
 ) -> tuple[StepTimeline, SimulatedStreams]:
     """One recorded step, from the end of the step before to its own."""
     streams, store = SimulatedStreams(durations), filled_store(model)
@@ -177,11 +179,13 @@ def simulate(
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
     space = {key: torch.empty(ROWS * TOKENS * HIDDEN * 2, dtype=torch.uint8) for key in keys}
     batches, sink = micro_batches(num_micro_batches), LastLanding()
-    with _timed(model, streams):
+    with _timed(executor, streams):
         streams.timeline.start(streams.compute)
         streams.clock.host += durations.data
         with streams.entered():
-            executor.train(batches, 1, Boundaries(streams, space), sink, seed=0, old_share=old_share)
+            executor.train(
+                batches, 1, Boundaries(streams, space), sink, seed=0, recompute=recompute or {}, old_share=old_share
+            )
             with streams.waiting(Cause.link, "last gradient"):
                 sink.event.synchronize()
         streams.timeline.end_step()
@@ -190,17 +194,24 @@ def simulate(
 
 
 @contextmanager
-def _timed(model: BlockModel, streams: SimulatedStreams) -> Iterator[None]:
+def _timed(executor: Executor, streams: SimulatedStreams) -> Iterator[None]:
     """Each forward of a block takes a kernel's time, and so does each backward."""
-    originals = {name: getattr(model, name) for name in ("embed", "layer", "logits")}
-    grad = torch.autograd.grad
+    passes, head = executor._passes, executor._head_loss
 
-    def timed(function: Any) -> Any:
-        return lambda *args, **kwargs: (streams.kernel(), function(*args, **kwargs))[1]
+    def timed(function: Any, num_kernels: int) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            for _ in range(num_kernels):
+                streams.kernel()
+            return function(*args, **kwargs)
+
+        return wrapped
 
     with (
-        mock.patch.multiple(model, **{name: timed(function) for name, function in originals.items()}),
-        mock.patch("torch.autograd.grad", timed(grad)),
+        mock.patch.object(passes, "embed", timed(passes.embed, 1)),
+        mock.patch.object(passes, "forward", timed(passes.forward, 1)),
+        mock.patch.object(passes, "backward", timed(passes.backward, 2)),
+        mock.patch.object(passes, "backward_kept", timed(passes.backward_kept, 1)),
+        mock.patch.object(head, "backward", timed(head.backward, 2)),
     ):
         yield
 
