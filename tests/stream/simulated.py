@@ -177,7 +177,7 @@ def simulate(
     buffers.clock, buffers.freed = streams.clock, durations.buffers
     executor.gradients = GradientSlots(streams, model.layouts, buffers)
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
-    space = {key: torch.empty(ROWS * TOKENS * HIDDEN * 2, dtype=torch.uint8) for key in keys}
+    space = {key: [torch.empty(ROWS * TOKENS * HIDDEN * 2, dtype=torch.uint8)] for key in keys}
     batches, sink = micro_batches(num_micro_batches), LastLanding()
     with _timed(executor, streams):
         streams.timeline.start(streams.compute)
