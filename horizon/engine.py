@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +30,9 @@ from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
+from horizon.report.recording import Recording
 from horizon.runtime import Runtime, build_runtime
-from horizon.stream.batch import Batch, MicroBatch, to_micro_batches
+from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
 
 logger = logging.getLogger(__name__)
@@ -166,7 +168,7 @@ class Engine:
             raise BatchError("step while gradients of forward_backward wait; call optimizer_step first")
         batches, step = self._prepare(batch, loss_fn is None), self.num_steps + 1
         loss = self._run_pass(lambda seed: self._runtime.run_step(batches, self.lr, seed, loss_fn))
-        return self._apply(step, float(loss), batches, _num_tokens(batches), started)
+        return self._apply(step, float(loss), batches, num_trained_tokens(batches), started)
 
     def forward_backward(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """Forward and backward without an update: adds to the gradients that `optimizer_step` applies.
@@ -182,7 +184,7 @@ class Engine:
         """
         self._require_open()
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
-        tokens = _num_tokens(batches)
+        tokens = num_trained_tokens(batches)
         total = waiting.num_tokens + tokens
         old_share = waiting.num_tokens / total
 
@@ -218,7 +220,7 @@ class Engine:
         executor = self._runtime.executor
         losses = self._runtime.guarded(lambda: [*map(float, executor.evaluate(batches, self.num_steps, loss_fn))])
         weights = [1 if loss_fn is None else b.num_tokens for b in batches]
-        return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / _num_tokens(batches)
+        return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / num_trained_tokens(batches)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
@@ -307,6 +309,21 @@ class Engine:
         self._require_open()
         return self._runtime.plan_micro_batch(batch_size, seq_len, rows)
 
+    def trace(
+        self, path: str | Path | None = None, picture: str | Path | None = None
+    ) -> AbstractContextManager[Recording]:
+        """`with engine.trace("trace.json") as recording:` records the steps inside; see `Recording` for what it holds.
+
+        Args:
+            path: written for Perfetto (https://ui.perfetto.dev) when the block ends; None: no file.
+            picture: a PNG of one of the steps; needs matplotlib.
+
+        Raises:
+            HorizonError: steps are being recorded already, or none ended inside.
+        """
+        self._require_open()
+        return self._runtime.recorded(*(None if file is None else Path(file) for file in (path, picture)))
+
     # ---- life
 
     def close(self) -> None:
@@ -353,6 +370,7 @@ class Engine:
         elif self._runtime.keeps_gradients:
             self._runtime.apply(self.lr, clip_scale(norm, self._max_grad_norm))
         self._has_gradients = self._runtime.keeps_gradients and not skipped
+        self._runtime.streams.timeline.end_step()
         return StepResult(loss, float(norm), num_tokens, time.perf_counter() - started, skipped)
 
     def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
@@ -379,7 +397,3 @@ class Engine:
     def _check_lr(self) -> None:
         if not 0 <= self.lr < math.inf:
             raise ConfigError(f"engine.lr={self.lr}: expected a finite number >= 0")
-
-
-def _num_tokens(batches: Sequence[MicroBatch]) -> int:
-    return sum(b.num_tokens for b in batches)

@@ -36,6 +36,39 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What crossed the link in a step, in one direction."""
+
+    direction: str  # H2D or D2H
+    what: str  # weights, gradient, boundary
+    num_bytes: int
+    least_bytes: int  # what a step needs with all states in host memory
+    busy_ms: float  # of the copies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSplit:
+    """Where a step's time went; means over the recorded steps. The five parts add up to `step_ms`."""
+
+    steps: int  # recorded
+    step_ms: float
+    arithmetic_ms: float  # kernels of blocks
+    link_ms: float  # compute waited for a copy,
+    optimizer_ms: float  # for an update,
+    data_ms: float  # for the caller's rows,
+    launch_ms: float  # for the host to issue something
+    forward_ms: float  # of arithmetic_ms, as are the next three
+    head_ms: float
+    backward_ms: float
+    host_paced_ms: float  # visits at whose end the device had nothing queued: shorter than their launches
+    traffic: list[Traffic]
+    update_bytes: int  # of host memory that the update reads and writes
+    update_ms: float  # the update's threads at work: how long it takes if nothing else is in its way
+    update_threads: int
+    update_bytes_per_s: float  # update_bytes / update_ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """What a finished run has to say; `summary.json`."""
 
@@ -48,5 +81,7 @@ class RunSummary:
     validation_loss_after: float | None
     sample_before: str | None  # None: train.sample_tokens=0
     sample_after: str | None
+    split: StepSplit
     output_dir: str
     model_dir: str | None  # None: train.save=false
+    trace_file: str | None  # None: trace=false

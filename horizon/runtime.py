@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ from horizon.plan.machine import (
     resolve_device,
 )
 from horizon.plan.memory import RING_BUFFERS, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.traffic import least_traffic
+from horizon.report.recording import Recording, record_steps
 from horizon.store.gradients import GradientBuffers, KeptGradients, RingGradients
 from horizon.store.host import HostStore
 from horizon.stream.activations import Activations
@@ -44,6 +46,7 @@ from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
 from horizon.stream.streams import Streams
+from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
@@ -84,8 +87,9 @@ class Runtime:
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
             self._updater = Updater(
-                model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published
-            )
+                model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published,
+                timeline=self.streams.timeline,
+            )  # fmt: skip
             release.callback(self._updater.close)
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
             self._kept = KeptUpdates(self._updater)
@@ -128,7 +132,8 @@ class Runtime:
                 recompute=planned.recompute,
                 loss_fn=loss_fn,
             )
-            self._streamed.finish()
+            with self.streams.waiting(Cause.link, "last gradient"):
+                self._streamed.finish()
             self.raise_if_failed()
             if self._streamed.num_updates:
                 self.version = step
@@ -147,7 +152,8 @@ class Runtime:
             batches, self.version, boundaries, self._kept, seed=seed, recompute=planned.recompute, old_share=old_share,
             loss_fn=loss_fn,
         )  # fmt: skip
-        self._kept.wait()
+        with self.streams.waiting(Cause.link, "last gradient"):
+            self._kept.wait()
         return loss
 
     def apply(self, lr: float, grad_scale: float) -> None:
@@ -166,6 +172,7 @@ class Runtime:
     def gradient_norms(self) -> Tensor:
         """L2 norm of every trainable parameter's gradient, fp32 [parameters] on CPU, in the model's order."""
         assert self.executor.gradients is not None
+        self.streams.timeline.enter(Cause.launch, "end of the step")
         norms = self.executor.gradients.norms.cpu()
         by_name = dict(zip(self._trainable_names(), norms, strict=True))
         return torch.stack([by_name[name] for name in self.model.parameter_names if name in by_name])
@@ -236,6 +243,11 @@ class Runtime:
         except BaseException:
             self.executor.reset()
             raise
+
+    def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
+        """See `horizon.report.recording.record_steps`."""
+        names = [layout.name for layout in self.model.layouts]
+        return record_steps(self.streams, names, least_traffic(self._needs), trace, picture)
 
     # ---- memory
 

@@ -20,9 +20,11 @@ from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.schedule import learning_rate
-from horizon.records import RunSummary, StepRow
+from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
 from horizon.report.metrics import MetricsWriter, to_json
+from horizon.report.split import describe_split
+from horizon.report.trace import require_matplotlib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,13 +34,15 @@ if TYPE_CHECKING:
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
 SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
+RECORDED = 3, 5  # steps, first and last: past compilation and first allocations, and few enough to be quick
 PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
 
 
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), summary.json and the folder model into `output_dir`.
+    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model and, where they are asked for,
+    trace.json and trace.png into `output_dir`.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -51,6 +55,7 @@ class Trainer:
         self.config = config
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
+        self.trace_path = self.output_dir / "trace.json"
         self.rows: list[StepRow] = []  # the steps done so far
 
     def run(self) -> RunSummary:
@@ -100,7 +105,7 @@ class Trainer:
         held_out = validation_batches(data, train.eval_rows, micro_batch)
         print(engine.plan.table(), flush=True)
         loss_before, sample_before = self._assess("before", engine, data, held_out)
-        self._train(engine, loader)
+        split = self._train(engine, loader)
         loss_after, sample_after = self._assess("after", engine, data, held_out)
         model_dir = self.output_dir / "model" if train.save else None
         if model_dir is not None:
@@ -116,24 +121,38 @@ class Trainer:
             validation_loss_after=loss_after,
             sample_before=sample_before,
             sample_after=sample_after,
+            split=split,
             output_dir=str(self.output_dir),
             model_dir=None if model_dir is None else str(model_dir),
+            trace_file=str(self.trace_path) if self.config.trace else None,
         )
 
-    def _train(self, engine: Engine, loader: Loader) -> None:
+    def _train(self, engine: Engine, loader: Loader) -> StepSplit:
+        """All steps, a few of which are recorded: where their time went."""
         num_steps = self.config.train.steps
+        first, last = recorded_steps(num_steps)
+        files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
         with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps) as display:
-            try:
-                for _ in range(num_steps):
+
+            def train_until(step: int) -> None:
+                while len(self.rows) < step:
                     row = self._step(engine, loader)
                     self.rows.append(row)
                     metrics.write(row)
                     display.show(row)
+
+            try:
+                train_until(first - 1)
+                with engine.trace(*files) as recording:
+                    train_until(last)
+                train_until(num_steps)
             except BaseException:  # Ctrl-C included
                 print(
                     f"\nstopped after step {len(self.rows)} of {num_steps}; metrics in {self.metrics_path}", flush=True
                 )
                 raise
+        assert recording.split is not None
+        return recording.split
 
     def _step(self, engine: Engine, loader: Loader) -> StepRow:
         optim, started = self.config.optim, time.perf_counter()
@@ -179,7 +198,10 @@ class Trainer:
 
     def _print_end(self, summary: RunSummary) -> None:
         print(f"{summary.steps} steps, {summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s")
+        print(describe_split(summary.split))
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
+        if summary.trace_file is not None:
+            print(f"trace    {summary.trace_file} (open it at https://ui.perfetto.dev) and trace.png beside it")
         if summary.model_dir is not None:
             print(f"model    {summary.model_dir}")
 
@@ -202,8 +224,16 @@ def check_settings(config: HorizonConfig) -> None:
             raise ConfigError(f"train.{key}={value} must be at least {least}")
     if config.optim.name != "adamw":
         raise ConfigError(f"optim.name={config.optim.name!r} is unknown; expected adamw")
+    if config.trace:
+        require_matplotlib()
     if config.model.path is None and not config.model.config:
         raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
+
+
+def recorded_steps(num_steps: int) -> tuple[int, int]:
+    """The first and the last step whose timeline is recorded: `RECORDED`, or the last ones of a shorter run."""
+    first, last = RECORDED
+    return min(first, num_steps), min(last, num_steps)
 
 
 def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:

@@ -4,12 +4,15 @@
 
 The resident baseline keeps everything in GPU memory: the same layers with checkpointing per layer, Liger kernels when
 installed, forward and backward only, no optimizer. Horizon's step is whole: forward, backward, global clip, AdamW on
-the host. Each row carries machine, commit, versions and command; times are medians over the steady steps.
+the host. Each row carries machine, commit, versions and command; times are medians over the steady steps. With --trace
+FILE one more step of each size is recorded: its timeline goes to FILE (the tokens added to its name where there are
+several sizes), and where its time went into the row (`split`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -27,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import horizon
 from horizon.models.kernels import liger_available
+from horizon.report.split import describe_split
 from horizon.units import GIB
 
 SHAPES = {
@@ -119,6 +123,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
             seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps)
+            split = recorded(engine, batches, args, tokens) if args.trace else None
             print(engine.plan.table(), flush=True)
             num_parameters = engine.plan.num_parameters
             yield {
@@ -127,8 +132,18 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "host_bytes_per_param": engine.host_bytes / num_parameters, "micro_batch": micro_batch,
                 "planned_host_gib": engine.plan.num_bytes("host") / GIB,
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
-                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm,
+                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm, "split": split,
             }  # fmt: skip
+
+
+def recorded(engine: horizon.Engine, batches: list, args: argparse.Namespace, tokens: int) -> dict:
+    """Write the timeline of one more steady step; give where its time went."""
+    path = args.trace if len(args.tokens) == 1 else args.trace.with_stem(f"{args.trace.stem}-{tokens}")
+    with engine.trace(path) as recording:
+        engine.step(batches)
+    assert recording.split is not None
+    print(describe_split(recording.split), f"  timeline: {path}", sep="\n", flush=True)
+    return dataclasses.asdict(recording.split)
 
 
 def facts() -> dict:
@@ -166,6 +181,7 @@ def main() -> None:
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
     parser.add_argument("--systems", nargs="+", default=["streamed", "resident"])
     parser.add_argument("--out", type=Path, help="append result rows (JSON lines) here")
+    parser.add_argument("--trace", type=Path, help="write the timeline of one steady step here (for Perfetto)")
     args = parser.parse_args()
     shape, shared, rows = SHAPES[args.shape], facts(), []
     # Horizon first: applying Liger to the baseline replaces classes in transformers for the rest of the process.

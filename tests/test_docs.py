@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from horizon.config.compose import compose
 from horizon.config.schema import HorizonConfig
 from horizon.data.tokenizer import byte_tokenizer
-from horizon.records import StepRow
+from horizon.records import StepRow, StepSplit
 from tests.parity.reference import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,12 @@ def test_every_option_of_a_group_is_listed():
 
 def test_every_field_of_the_metrics_is_listed():
     assert list(table(CONFIGURATION, "Fields of")) == [field.name for field in dataclasses.fields(StepRow)]
+
+
+def test_every_field_of_the_split_is_listed():
+    fields = table((ROOT / "docs/tracing.md").read_text(), "## The split of a step")
+    listed = [name for cell in fields for name in re.findall(r"\w+", cell)]
+    assert listed == [field.name for field in dataclasses.fields(StepSplit)]
 
 
 def commands():

@@ -68,6 +68,26 @@ def test_it_learns_and_the_saved_model_has_the_loss_that_was_reported(trained):
     assert tokenizer.decode(tokenizer.encode("the quick fox")) == "the quick fox"
 
 
+def test_where_a_steps_time_went_is_told_at_the_end(trained):
+    out, config, summary = trained
+    split = summary.split
+    parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.data_ms, split.launch_ms
+    assert sum(parts) == pytest.approx(split.step_ms) and split.arithmetic_ms > 0
+    assert json.loads((out / "summary.json").read_text())["split"]["update_bytes"] == split.update_bytes > 0
+    weights = next(t for t in split.traffic if (t.direction, t.what) == ("H2D", "weights"))
+    assert weights.num_bytes == weights.least_bytes > 0
+    assert not config.trace and summary.trace_file is None and not (out / "trace.json").exists()
+
+
+def test_a_trace_is_written_beside_the_metrics(texts, tmp_path):
+    quick = ["train.steps=4", "train.sample_tokens=0", "train.eval_rows=0", "train.save=false"]
+    summary = Trainer(compose([*TINY, f"data.path={texts}", *quick, "trace=true"]), tmp_path).run()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events if e.get("cat") == "step"] == ["recorded step 1", "recorded step 2"]
+    assert summary.trace_file == str(tmp_path / "trace.json")
+    assert (tmp_path / "trace.png").stat().st_size > 1000
+
+
 def test_the_metrics_follow_the_run(trained):
     out, _, summary = trained
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

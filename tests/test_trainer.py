@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import json
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +25,15 @@ from horizon.config.schema import (
 from horizon.data import Rows
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
-from horizon.trainer import Trainer, check_settings, generate, validation_batches, with_lr
+from horizon.records import StepSplit, Traffic
+from horizon.trainer import Trainer, check_settings, generate, recorded_steps, validation_batches, with_lr
+
+SPLIT = StepSplit(
+    steps=3, step_ms=10.0, arithmetic_ms=6.0, link_ms=1.0, optimizer_ms=1.0, data_ms=1.0, launch_ms=1.0, forward_ms=2.0,
+    head_ms=1.0, backward_ms=3.0, host_paced_ms=0.0, update_bytes=5, update_ms=2.0, update_threads=1,
+    update_bytes_per_s=2500.0,
+    traffic=[Traffic(direction="H2D", what="weights", num_bytes=7, least_bytes=7, busy_ms=1.0)],
+)  # fmt: skip
 
 
 class FakeEngine:
@@ -34,6 +44,7 @@ class FakeEngine:
         self.lr, self.lrs, self.evaluated, self.closed, self.saved, self.windows = 0.0, [], [], False, None, []
         self.host_bytes, self.device_bytes = 1 << 30, 0
         self.plan = SimpleNamespace(table=lambda: "the plan")
+        self.recorded, self.trace_files = None, None
 
     def __enter__(self):
         return self
@@ -51,6 +62,12 @@ class FakeEngine:
         rows = [len(batch["input_ids"]) for batch in batches]
         assert rows == [3, 1]
         return SimpleNamespace(loss=5.0 - len(self.lrs), grad_norm=0.5, num_tokens=trained, skipped=False)
+
+    @contextmanager
+    def trace(self, path, picture):
+        first, recording = len(self.lrs) + 1, SimpleNamespace(split=None)
+        yield recording
+        self.recorded, self.trace_files, recording.split = (first, len(self.lrs)), (path, picture), SPLIT
 
     def evaluate(self, batches):
         self.evaluated.append(sum(len(batch["input_ids"]) for batch in batches))
@@ -121,6 +138,39 @@ def test_a_run_writes_rows_summary_settings_and_model(config, run, tmp_path, cap
     for text in ("the plan", "validation loss before training: 3.0000", "abc >>> def", str(tmp_path / "out/model")):
         assert text in shown.out
     assert "step 5/5 loss 0.0000" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"), [(1, (1, 1)), (2, (2, 2)), (3, (3, 3)), (4, (3, 4)), (5, (3, 5)), (900, (3, 5))]
+)
+def test_the_recorded_steps_are_the_third_to_the_fifth_or_the_last_ones(num_steps, expected):
+    assert recorded_steps(num_steps) == expected
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+@pytest.mark.parametrize("trace", [False, True])
+def test_where_the_time_went_is_recorded_in_every_run_and_a_timeline_written_where_it_is_asked_for(
+    config, run, tmp_path, capsys, num_steps, trace
+):
+    config.train.steps, config.trace = num_steps, trace
+    engine, summary = run(config)
+    assert engine.recorded == recorded_steps(num_steps)
+    assert len(engine.lrs) == num_steps
+    path = tmp_path / "out/trace.json"
+    assert engine.trace_files == ((path, tmp_path / "out/trace.png") if trace else (None, None))
+    assert summary.trace_file == (str(path) if trace else None)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["split"] == dataclasses.asdict(SPLIT)
+    out = capsys.readouterr().out
+    assert "a step of 10 ms, mean of 3 recorded" in out
+    assert (f"trace    {path}" in out) is trace
+
+
+def test_a_trace_without_matplotlib_is_refused_before_anything_is_read(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    config.data.path = "/no/such/texts"
+    check_settings(config)
+    with pytest.raises(ConfigError, match=r"trace=true draws .* matplotlib, which is not installed"):
+        Trainer(dataclasses.replace(config, trace=True), "out")
 
 
 def test_each_row_is_on_disk_before_the_next_step_begins(config, run, tmp_path):

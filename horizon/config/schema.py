@@ -120,3 +120,4 @@ class HorizonConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto
     seed: int = 0
+    trace: bool = False  # write a timeline of a few steps, trace.json and trace.png

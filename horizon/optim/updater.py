@@ -26,6 +26,7 @@ from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, Array, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
 from horizon.store.ledger import Ledger
+from horizon.stream.timeline import Timeline
 
 CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
 
@@ -102,6 +103,8 @@ class Updater:
         num_threads: int,
         release: Callable[[int], None],
         chunk_elements: int = CHUNK_ELEMENTS,
+        *,
+        timeline: Timeline | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
             raise RuntimeError(
@@ -117,6 +120,7 @@ class Updater:
         self._adamw = adamw
         self._num_threads = num_threads
         self._update = load_update()
+        self._timeline = timeline or Timeline()
         self._threads: list[threading.Thread] = []
         self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
@@ -223,7 +227,9 @@ class Updater:
         arrays = block.arrays or self._open(block)
         scalars = block.decayed if chunk.decay else block.undecayed
         weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
-        self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
+        rewritten = sum(state.nbytes for state in (weights, residual, exp_avg, exp_avg_sq))
+        with self._timeline.update(block.layout.index, 2 * rewritten + grads.nbytes):
+            self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
         with self._opening:

@@ -34,8 +34,12 @@ class MetricsWriter:
 
 def to_json(row: DataclassInstance, indent: int | None = None) -> str:
     """The record as strict JSON: what is not a finite number becomes null, which every reader accepts."""
-    return json.dumps({key: _finite(value) for key, value in dataclasses.asdict(row).items()}, indent=indent)
+    return json.dumps(_finite(dataclasses.asdict(row)), indent=indent)
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -37,6 +37,11 @@ class MicroBatch:
 Batch = Mapping[str, Tensor]
 
 
+def num_trained_tokens(batches: Sequence[MicroBatch]) -> int:
+    """Of all micro-batches of a step."""
+    return sum(b.num_tokens for b in batches)
+
+
 def to_micro_batches(
     batch: Batch | Sequence[Batch],
     device: torch.device,

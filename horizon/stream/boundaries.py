@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from horizon.stream.streams import Streams
+from horizon.stream.timeline import Cause
 
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
 LOOKAHEAD = 2  # offloaded boundaries on their way back while one is being used
@@ -39,15 +40,17 @@ class Boundaries:
         if key in self._host:
             drain = self._streams.drain
             drain.wait_event(self._streams.compute.record_event())
-            for piece, part in self._pieces(key, hidden):
-                self._streams.copy(drain, piece, part)
+            with self._streams.moving(drain, "boundary", key[0]):
+                for piece, part in self._pieces(key, hidden):
+                    self._streams.copy(drain, piece, part)
             self._saved[key] = drain.record_event(), hidden.shape, hidden.dtype
 
     def read(self, key: Key) -> None:
         """The forward has read the boundary: an offloaded one gives its device memory back."""
         if key in self._saved:
             # Without this wait the allocator could hand the memory to the next kernel while it is being copied.
-            self._streams.compute.wait_event(self._saved[key][0])
+            with self._streams.waiting(Cause.link, "boundary on its way out", key[0]):
+                self._streams.compute.wait_event(self._saved[key][0])
             del self._device[key]
 
     def begin_backward(self, order: Sequence[Key]) -> None:
@@ -60,7 +63,8 @@ class Boundaries:
         if key not in self._saved:
             return self._device.pop(key)
         hidden, landed = self._returning.pop(key)
-        self._streams.compute.wait_event(landed)
+        with self._streams.waiting(Cause.link, "boundary", key[0]):
+            self._streams.compute.wait_event(landed)
         self._bring_back()
         return hidden
 
@@ -72,8 +76,9 @@ class Boundaries:
             hidden = self._streams.empty(*shape, dtype=dtype)
             fetch.wait_event(self._streams.compute.record_event())  # earlier users of this memory
             fetch.wait_event(saved)
-            for piece, part in self._pieces(key, hidden):
-                self._streams.copy(fetch, part, piece)
+            with self._streams.moving(fetch, "boundary", key[0]):
+                for piece, part in self._pieces(key, hidden):
+                    self._streams.copy(fetch, part, piece)
             self._returning[key] = hidden, fetch.record_event()
 
     def _pieces(self, key: Key, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

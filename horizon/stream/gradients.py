@@ -21,6 +21,7 @@ from torch import Tensor
 from horizon.layout import BlockLayout
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.streams import Event, Streams
+from horizon.stream.timeline import Cause
 
 
 class GradientSink(Protocol):
@@ -101,7 +102,8 @@ class GradientSlots:
         self._block = block
         slot = self._slot
         if slot.drained is not None:  # its last copy to the host must be over before it is written again
-            self._streams.compute.wait_event(slot.drained)
+            with self._streams.waiting(Cause.link, "gradient slot", block):
+                self._streams.compute.wait_event(slot.drained)
         # A gradient that is no sum needs no fp32 detour: it is computed in the dtype that it is kept in.
         self._target = slot.flat if self._sum is None or (single and not self._waiting(block)) else self._sum
         ranges = [(name, offset, shape) for name, offset, shape in self._layouts[block].grad_ranges()]
@@ -183,20 +185,27 @@ class GradientSlots:
         start, stop = max(span.host.start, start), min(span.host.stop, stop)
         if start >= stop:
             return range(0)
-        source = self._buffers.claim(span.owner)[start:stop]
+        source = self._claim(span.owner)[start:stop]
         to = slice(span.start + start - span.host.start, span.start + stop - span.host.start)
         fetch, compute = self._streams.fetch, self._streams.compute
         fetch.wait_event(compute.record_event())  # the slot is free for writing
         if partial.landed is not None:
             fetch.wait_event(partial.landed)
-        self._streams.copy(fetch, slot.flat[to], source)
-        compute.wait_event(fetch.record_event())
+        with self._streams.moving(fetch, "gradient", span.owner):
+            self._streams.copy(fetch, slot.flat[to], source)
+        with self._streams.waiting(Cause.link, "gradient", span.owner):
+            compute.wait_event(fetch.record_event())
         target = self._target[to]
         if self._target is not slot.flat:
             target.copy_(slot.flat[to])
         if partial.share != 1:
             target.mul_(partial.share)
         return range(to.start, to.stop)
+
+    def _claim(self, owner: int) -> Tensor:
+        """The owner's host buffer; of a ring, when an update gives one back."""
+        with self._streams.waiting(Cause.optimizer, "gradient buffer", owner):
+            return self._buffers.claim(owner)
 
     def _measure(self, block: int, flat: Tensor) -> None:
         params = self._layouts[block].trainable
@@ -209,8 +218,10 @@ class GradientSlots:
     def _drain(self, block: int, slot: _DrainSlot, sink: GradientSink) -> None:
         drain = self._streams.drain
         drain.wait_event(self._streams.compute.record_event())
-        for span in self._spans[block]:
-            self._streams.copy(drain, self._buffers.claim(span.owner)[span.host], slot.flat[span.start : span.end])
+        targets = [self._claim(span.owner)[span.host] for span in self._spans[block]]
+        with self._streams.moving(drain, "gradient", block):
+            for span, target in zip(self._spans[block], targets, strict=True):
+                self._streams.copy(drain, target, slot.flat[span.start : span.end])
         slot.drained = drain.record_event()
         if self._layouts[block].num_trainable:
             sink.landed(block, slot.drained)

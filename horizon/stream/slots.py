@@ -24,6 +24,7 @@ from horizon.models.blocks import block_parameters
 from horizon.store.host import HostStore
 from horizon.store.split import join_master
 from horizon.stream.streams import Streams
+from horizon.stream.timeline import Cause
 
 
 class SlotState(Enum):
@@ -55,6 +56,7 @@ class Slot:
     version: int = -1
     loaded: Any = None
     released: Any = None
+    late: bool = False  # the load had to wait for the block's update
     params: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # views, made once per block
 
     def to(self, state: SlotState) -> None:
@@ -86,6 +88,7 @@ class WeightSlots:
         self._next = 0  # visit to acquire next
         self._ahead = 0  # first visit not loaded yet
         self._current: Slot | None = None
+        self._late: set[int] = set()  # blocks that were still being updated when a slot was free for them
 
     def _new_slot(self, index: int, size: int, dtype: torch.dtype) -> Slot:
         flat = self._streams.empty(size, dtype=dtype)
@@ -100,6 +103,7 @@ class WeightSlots:
             raise RuntimeError(f"a walk begins while block {self._current.block} is in use")
         self._visits, self._version = visits, version
         self._next = self._ahead = 0
+        self._late.clear()
         self.prefetch()
 
     def reset(self) -> None:
@@ -131,7 +135,9 @@ class WeightSlots:
         slot = self._holding(block)
         if slot is None:
             raise RuntimeError(f"block {block} was not loaded although it is the next visit")
-        self._streams.compute.wait_event(slot.loaded)
+        with self._streams.waiting(Cause.optimizer if slot.late else Cause.link, "weights", block):
+            self._streams.compute.wait_event(slot.loaded)
+        self._streams.timeline.enter(Cause.arithmetic, self._pass(), block)
         slot.to(SlotState.IN_USE)
         self._current = slot
         self._next += 1
@@ -142,9 +148,17 @@ class WeightSlots:
         slot = self._current
         assert slot is not None
         slot.released = self._streams.compute.record_event()
+        self._streams.timeline.enter(Cause.launch, "issuing")
         slot.to(SlotState.READY)
         self._current = None
         self.prefetch()
+
+    def _pass(self) -> str:
+        """What the visit about to begin is part of."""
+        block = self._visits[self._next]
+        if block == len(self._store.layouts) - 1:
+            return "head"
+        return "backward" if block in self._visits[: self._next] else "forward"
 
     def _holding(self, block: int) -> Slot | None:
         return next((s for s in self._slots if s.block == block and s.version == self._version), None)
@@ -166,8 +180,11 @@ class WeightSlots:
 
     def _up_to_date(self, block: int, wait: bool) -> bool:
         ledger = self._store.ledger
+        if ledger.version(block) < self._version:
+            self._late.add(block)
         if wait:
-            ledger.wait(block, self._version)
+            with self._streams.waiting(Cause.optimizer, "update", block):
+                ledger.wait(block, self._version)
         return ledger.version(block) >= self._version
 
     def _load(self, slot: Slot, block: int) -> None:
@@ -175,16 +192,18 @@ class WeightSlots:
         fetch = self._streams.fetch
         if slot.released is not None:  # kernels of the previous block may still be reading
             fetch.wait_event(slot.released)
-        slot.block, slot.version = block, self._version
+        slot.block, slot.version, slot.late = block, self._version, block in self._late
+        self._late.discard(block)
         size = self._store.layouts[block].num_slot_elements
-        if slot.halves is None:
-            self._copy_block(self._store.weights, block, slot.flat)
-        else:
-            high, low = slot.halves
-            self._copy_block(self._store.weights, block, high)
-            self._copy_block(self._store.residual, block, low)
-            with self._streams.running(fetch):
-                join_master(high[:size], low[:size], out=slot.flat[:size])
+        with self._streams.moving(fetch, "weights", block):
+            if slot.halves is None:
+                self._copy_block(self._store.weights, block, slot.flat)
+            else:
+                high, low = slot.halves
+                self._copy_block(self._store.weights, block, high)
+                self._copy_block(self._store.residual, block, low)
+                with self._streams.running(fetch):
+                    join_master(high[:size], low[:size], out=slot.flat[:size])
         slot.loaded = fetch.record_event()
         slot.to(SlotState.READY)
         if block not in slot.params:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from horizon.stream.timeline import DRAIN, FETCH, Cause, CudaClock, Timeline
 
 
 class Event(Protocol):
@@ -58,6 +60,7 @@ class Streams:
     compute: Stream  # kernels
     fetch: Stream  # host -> device, overlaps compute
     drain: Stream  # device -> host, overlaps compute and fetch
+    timeline: Timeline = field(default_factory=Timeline)  # of what they do, while steps are recorded
 
     @classmethod
     def on(cls, device: torch.device) -> Streams:
@@ -65,7 +68,7 @@ class Streams:
         if device.type != "cuda":
             return cls(device, HostStream(), HostStream(), HostStream())
         fetch, drain = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
-        return cls(device, torch.cuda.current_stream(device), fetch, drain)
+        return cls(device, torch.cuda.current_stream(device), fetch, drain, Timeline(CudaClock()))
 
     def running(self, stream: Stream) -> AbstractContextManager[Any]:
         """Kernels and copies issued while open go to `stream`."""
@@ -75,14 +78,27 @@ class Streams:
     def entered(self) -> Iterator[None]:
         """While open, kernels go to `compute`, after what the caller's own stream (and device) was given before."""
         if self.device.type == "cuda":
-            self.compute.wait_event(torch.cuda.current_stream(self.device).record_event())
-        with self.running(self.compute):
+            with self.timeline.during(Cause.data, "the caller's stream"):
+                self.compute.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with self.running(self.compute), self.timeline.during(Cause.launch, "issuing"):
             yield
 
     def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         """Copy between host and device on `stream`, without waiting for it."""
         with self.running(stream):
             target.copy_(source, non_blocking=True)
+        self.timeline.count(self._lane(stream), target.nbytes)
+
+    def moving(self, stream: Stream, what: str, block: int | None = None) -> AbstractContextManager[None]:
+        """The copies issued on `stream` while open bring one thing across the link; open it after `stream`'s waits."""
+        return self.timeline.transfer(self._lane(stream), stream, what, block)
+
+    def waiting(self, cause: Cause, what: str, block: int | None = None) -> AbstractContextManager[None]:
+        """Around every wait of compute for an event, and of the host for a thread: what it is for, and who is late."""
+        return self.timeline.during(cause, what, block)
+
+    def _lane(self, stream: Stream) -> str:
+        return FETCH if stream is self.fetch else DRAIN
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised device memory."""
