@@ -279,10 +279,11 @@ def _kernel(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, window: int | None, scale: float
 ) -> Tensor:
     """torch's flash attention for rows of various lengths, laid end to end: [tokens, heads, D] each."""
-    left = None if window is None else window - 1
+    behind = -1 if window is None else window - 1  # how far a token looks back; -1: all the way
     output: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scale, window_size_left=left
-    )[0]
+        query, key, value, ends, ends, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=behind, window_size_right=0,
+    )[0]  # fmt: skip
     return output
 
 
