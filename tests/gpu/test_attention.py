@@ -30,6 +30,13 @@ TOKENS = 48
 LENGTHS = ([20, 3, 1, 24], [9, 30, 2, 7])
 
 
+class Sums(dict):
+    """Gradients of linear weights by name."""
+
+    def add_product(self, name, grad, x):
+        self[name] = self.get(name, 0) + grad.t() @ x
+
+
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     monkeypatch.setattr("tests.gpu.models.FAMILIES", MODELS)
@@ -80,12 +87,12 @@ def one_layer(model, params, batch, coming, recomputes=2, block=1):
         hidden, calls = model.embed(params[0], micro_batch.inputs, micro_batch.documents)
         output = model.layer(block, params[block], hidden, calls[block - 1])
     entering = hidden.detach().requires_grad_()
-    wanted = {"entering": entering, **params[block]}
+    wanted, sums = {"entering": entering, **params[block]}, Sums()
     for _ in range(recomputes):  # from the second one on the last product is left out
-        again = model.recompute(block, params[block], entering, calls[block - 1])
+        again = model.recompute(block, params[block], entering, calls[block - 1], sums)
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None].to(DEVICE, dtype)
     grads = torch.autograd.grad(again, list(wanted.values()), coming.to(DEVICE, dtype) * real, allow_unused=True)
-    found = {"output": output * real, **dict(zip(wanted, grads, strict=True))}
+    found = {"output": output * real, **dict(zip(wanted, grads, strict=True)), **sums}
     return {name: value.detach().float().cpu() for name, value in found.items() if value is not None}
 
 
@@ -112,7 +119,7 @@ def test_neither_embedding_nor_a_layer_waits_for_the_device(family, kind):
             if family not in ROUTED:
                 entering = hidden.detach().requires_grad_()
                 model.layer(1, params[1], entering, calls[0])
-                again = model.recompute(1, params[1], entering, calls[0])
+                again = model.recompute(1, params[1], entering, calls[0], Sums())
                 torch.autograd.grad(again, [entering, *params[1].values()], coming, allow_unused=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -29,6 +29,13 @@ BATCHES = {
 ASKS_ALWAYS = "opt"  # makes a mask of its own where none is given; what is in it only the device knows
 
 
+class Sums(dict):
+    """Gradients of linear weights by name."""
+
+    def add_product(self, name, grad, x):
+        self[name] = self.get(name, 0) + grad.t() @ x
+
+
 def block_model(family, **changes):
     source = build(family, **changes)
     model = BlockModel(skeleton_from_instance(source))
@@ -223,12 +230,11 @@ def gradients(model, params, kind, recomputes):
     for block in (1, 2):
         entering = hidden.detach().requires_grad_()
         hidden = model.layer(block, params[block], entering, calls[block - 1])
-        wanted = {"entering": entering, **params[block]}
+        wanted, output, sums = {"entering": entering, **params[block]}, hidden, Sums()
         for _ in range(recomputes):
-            hidden_again = model.recompute(block, params[block], entering, calls[block - 1])
-        output = hidden_again if recomputes else hidden
-        values = torch.autograd.grad(output, list(wanted.values()), coming)
-        found |= {f"{block} {name}": value for name, value in zip(wanted, values, strict=True)}
+            output = model.recompute(block, params[block], entering, calls[block - 1], sums)
+        values = torch.autograd.grad(output, list(wanted.values()), coming, allow_unused=True)
+        found |= {f"{block} {name}": sums.get(name, value) for name, value in zip(wanted, values, strict=True)}
     return found
 
 
