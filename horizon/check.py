@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, ModelConfig
-from horizon.errors import HorizonError, UnsupportedModelError
+from horizon.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model, skeleton_from_instance
 from horizon.optim.adamw import AdamW
-from horizon.runtime import build_runtime
+from horizon.runtime import Runtime, build_runtime
 from horizon.stream.batch import to_micro_batches
 
 ROWS, TOKENS = 2, 24
@@ -97,11 +97,11 @@ def run_check(config: Any, trust_remote_code: bool = False) -> CheckReport:
             f"{config.model_type!r} cannot be checked: its shrunk model does not run ({error!r}); "
             "self_check=False (model.self_check=false) trains it unchecked"
         ) from error
-    streamed_loss, found = _streamed_gradients(reference, batch)
+    streamed_loss, found, packs = _streamed(reference, batch)
     name, worst = _worst(expected, found)
     report = CheckReport(
         type(reference).__name__, small.num_hidden_layers, len(expected), abs(loss - streamed_loss), name, worst,
-        keeps_documents_apart(reference, tokens),
+        packs,
     )  # fmt: skip
     if worst > TOLERANCE or report.loss_difference > TOLERANCE * max(1.0, abs(loss)):
         raise UnsupportedModelError(
@@ -109,19 +109,6 @@ def run_check(config: Any, trust_remote_code: bool = False) -> CheckReport:
             f"gradient of {name} off by {worst:.1e} of its largest element; this architecture cannot be streamed"
         )
     return report
-
-
-def keeps_documents_apart(model: Any, tokens: Tensor) -> bool:
-    """Whether a document's logits are the same alone and packed behind another one, told apart by position ids only."""
-    half = tokens.shape[1] // 2
-    positions = torch.arange(half).repeat(2).expand(tokens.shape[0], -1)
-    try:
-        with torch.no_grad():
-            packed = model(input_ids=tokens[:, : 2 * half], position_ids=positions, use_cache=False).logits
-            alone = model(input_ids=tokens[:, half : 2 * half], use_cache=False).logits
-    except TypeError:  # the model takes no position ids
-        return False
-    return bool(torch.allclose(packed[:, half:], alone, atol=1e-4))
 
 
 def plain_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -153,8 +140,8 @@ def _spread(value: Tensor) -> Tensor:
     return value + ramp if bool((value == value.flatten()[0]).all()) else value.clone()
 
 
-def _streamed_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients by name of the same model, run block by block on the CPU."""
+def _streamed(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], bool]:
+    """The same model, run block by block on the CPU: loss, gradients by name, whether it keeps documents apart."""
     try:
         runtime = build_runtime(
             skeleton_from_instance(model), model, optimizer=AdamW(), memory=MemoryConfig(), device="cpu",
@@ -163,7 +150,7 @@ def _streamed_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, di
         try:
             batches = to_micro_batches(batch, runtime.device, runtime.model.vocab_size)
             loss = float(runtime.accumulate(batches, seed=0, old_share=0.0, loss_fn=None))
-            return loss, dict(runtime.read_gradients())
+            return loss, dict(runtime.read_gradients()), _keeps_documents_apart(runtime, batch["input_ids"])
         finally:
             runtime.close()
     except HorizonError:
@@ -172,6 +159,21 @@ def _streamed_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, di
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be streamed: running it block by block fails with {error!r}"
         ) from error
+
+
+def _keeps_documents_apart(runtime: Runtime, tokens: Tensor) -> bool:
+    """Whether a document's logits are the same alone and packed behind another one, told apart by position ids only."""
+    half = tokens.shape[1] // 2
+    positions = torch.arange(half).repeat(2).expand(tokens.shape[0], -1)
+    packed = {"input_ids": tokens[:, : 2 * half], "position_ids": positions}
+    alone = {"input_ids": tokens[:, half : 2 * half]}
+    try:
+        runtime.model.check_inputs(list(packed))
+    except ConfigError:  # the model takes no position ids
+        return False
+    batches = to_micro_batches([packed, alone], runtime.device, runtime.model.vocab_size, need_labels=False)
+    behind, by_itself = runtime.executor.last_logits(batches, runtime.version)
+    return torch.allclose(behind, by_itself, atol=1e-4)
 
 
 def _worst(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[str, float]:

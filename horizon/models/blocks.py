@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from horizon.errors import ConfigError, UnsupportedModelError
 from horizon.layout import BlockLayout, Param, ParamSpec, place_block
+from horizon.models.attention import adopt, masks_from
+from horizon.models.documents import Documents, find_documents
 from horizon.models.kernels import FusedKernels
 from horizon.models.linear import GradientSums, Kept, Linears, find_tail
 from horizon.models.structure import Call, LastLayerReached, Structure, find_structure, tapped
@@ -43,6 +45,7 @@ class BlockModel:
             )
         _freeze(skeleton, freeze)
         self.structure: Structure = find_structure(skeleton)
+        adopt(skeleton)
         self.layouts: tuple[BlockLayout, ...] = _lay_out(skeleton, self.structure)
         self.parameter_names: tuple[str, ...] = tuple(name for name, _ in skeleton.named_parameters())
         # by block and training or not (dropout saves its mask): the projection that recomputation leaves out
@@ -119,21 +122,28 @@ class BlockModel:
                 )
 
     def embed(
-        self, params: Params, inputs: Mapping[str, Tensor], sums: GradientSums | None = None
+        self,
+        params: Params,
+        inputs: Mapping[str, Tensor],
+        documents: Documents | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[Tensor, list[Call]]:
         """Run the model up to its first layer.
 
         Args:
             params: the embedding block's parameters.
             inputs: input_ids [B, T] and, where given, attention_mask [B, T] and position_ids [B, T].
+            documents: how these divide; None: found here, which waits for inputs that are on a GPU.
             sums: where a backward through the hidden states puts the gradients of embedding tables.
 
         Returns:
             hidden states [B, T, H], and for every layer what the model calls it with.
         """
         log: list[tuple[Tensor, Call]] = []
-        running = tapped(self.structure, log)
-        with self._bindings[0].bound(params), self._differentiating(0, sums), running, suppress(LastLayerReached):
+        documents = documents or find_documents(inputs, inputs["input_ids"].device)
+        masks = masks_from(documents, inputs, self.config._attn_implementation)
+        running, differentiating = tapped(self.structure, log), self._differentiating(0, sums)
+        with self._bindings[0].bound(params), differentiating, masks, running, suppress(LastLayerReached):
             self.skeleton(**inputs, use_cache=False)
         return log[0][0], [call for _, call in log]
 

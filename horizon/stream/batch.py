@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from horizon.errors import BatchError
+from horizon.models.documents import Documents, find_documents
 
 IGNORED = -100
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -26,6 +27,7 @@ class MicroBatch:
     targets: Tensor  # [rows, tokens]: the token each position predicts, or IGNORED
     num_tokens: int  # trained tokens; where no label of the step is trained (custom losses), all of them
     batch: dict[str, Tensor]  # everything the user gave, for custom losses
+    documents: Documents | None = None  # how the rows divide
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +69,7 @@ def to_micro_batches(
     checked = [_checked(b, f"micro-batch {i}", need_labels) for i, b in enumerate(batches)]
     for i, tensors in enumerate(checked):
         _check_values(tensors, f"micro-batch {i}", vocab_size, max_positions)
-    micro_batches = [_on_device(b, device) for b in checked]
+    micro_batches = [_on_device(b, device, need_labels) for b in checked]
     if any(m.num_tokens for m in micro_batches):
         return micro_batches
     if need_labels:
@@ -120,7 +122,7 @@ def _check_range(values: Tensor, end: int | None, what: str, allowed: str) -> No
         raise BatchError(f"{what} {smallest if smallest < 0 else largest}, outside {allowed}")
 
 
-def _on_device(batch: dict[str, Tensor], device: torch.device) -> MicroBatch:
+def _on_device(batch: dict[str, Tensor], device: torch.device, only_targets_count: bool) -> MicroBatch:
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
@@ -129,5 +131,6 @@ def _on_device(batch: dict[str, Tensor], device: torch.device) -> MicroBatch:
     mask = batch.get("attention_mask")
     if mask is not None and bool(mask.all()):
         del inputs["attention_mask"]  # nothing is masked: lets the model take its causal fast path
-    num_tokens = int((targets != IGNORED).sum())
-    return MicroBatch(inputs, targets.to(device, non_blocking=True), num_tokens, moved)
+    trained = targets != IGNORED
+    documents = find_documents(batch, device, trained if only_targets_count else None)
+    return MicroBatch(inputs, targets.to(device, non_blocking=True), int(trained.sum()), moved, documents)

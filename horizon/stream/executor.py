@@ -242,7 +242,7 @@ class Executor:
                 self._passes.forward((block, m), params, hidden[m], call, None, Recompute.full)
                 for m, call in enumerate(calls_of)
             ]
-        embedded = [self._passes.embed(m, params, batch.inputs, None) for m, batch in enumerate(batches)]
+        embedded = [self._passes.embed(m, params, batch, None) for m, batch in enumerate(batches)]
         calls += [layer_calls for _, layer_calls in embedded]
         return [states for states, _ in embedded]
 
@@ -253,7 +253,7 @@ class Executor:
         state = ForwardState([], [])
         with self._visit() as (_, params):
             for m, batch in enumerate(batches):
-                states, layer_calls = self._passes.embed(m, params, batch.inputs, self.gradients)
+                states, layer_calls = self._passes.embed(m, params, batch, self.gradients)
                 state.hidden.append(states)
                 state.calls.append(layer_calls)
         for _ in range(1, self._head):

@@ -22,6 +22,7 @@ from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel, Params
 from horizon.models.linear import GradientSums
 from horizon.models.structure import Call
+from horizon.stream.batch import MicroBatch
 from horizon.stream.gradients import GradientSlots
 from horizon.stream.randomness import Randomness
 
@@ -99,15 +100,15 @@ class Passes:
 
     @torch.no_grad()
     def embed(
-        self, micro_batch: int, params: Params, inputs: Mapping[str, Tensor], sums: GradientSums | None
+        self, micro_batch: int, params: Params, batch: MicroBatch, sums: GradientSums | None
     ) -> tuple[Tensor, list[Call]]:
         """Hidden states and the layers' calls; with `sums`, for a backward."""
         with self._randomness.of(0, micro_batch):
             if sums is None or self._first > 0:
-                return self._model.embed(params, inputs)
+                return self._model.embed(params, batch.inputs, batch.documents)
             leaves, weights = self._leaves(0, params), _SavedWeights(params)
             with torch.enable_grad(), saved_tensors_hooks(weights.pack, weights.unpack):
-                states, calls = self._model.embed(leaves, inputs, sums)
+                states, calls = self._model.embed(leaves, batch.inputs, batch.documents, sums)
         self._graphs[0, micro_batch] = _Graph(get_gradient_edge(states), leaves, None, weights)
         return states.detach(), calls
 

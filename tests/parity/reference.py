@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
 }  # fmt: skip
 NO_POSITIONS = ("bloom",)  # take no position_ids: rows cannot be packed
-CROSSING = ("opt", "gpt_oss", "falcon")  # transformers' own code lets packed documents see each other
+CROSSING = ("opt", "gpt_oss", "falcon")  # transformers alone lets their packed documents see each other
 
 
 def build(family: str, **changes: Any) -> Any:

@@ -46,9 +46,17 @@ def test_two_ragged_micro_batches(family, tied):
     assert_trains_the_same(build(family, tie_word_embeddings=tied), [ragged(seed) for seed in STEPS])
 
 
-@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("family", SEPARABLE)
 def test_packed_rows(family):
     assert_trains_the_same(build(family), [[packed(seed, [[5, 3, 4], [2, 9, 1]])] for seed in STEPS])
+
+
+@pytest.mark.parametrize("family", CROSSING)
+def test_packed_rows_differ_where_transformers_lets_documents_see_each_other(family):
+    model, batch = build(family), packed(0, [[5, 3, 4], [2, 9, 1]])
+    expected = Resident(model).backward([batch])
+    with engine_for(model) as engine:
+        assert abs(engine.forward_backward(batch) - expected) > 1e-3  # right is what documents give alone: below
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
@@ -69,7 +77,7 @@ def model_embedding(model):
     return model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("family", SEPARABLE)
+@pytest.mark.parametrize("family", PACKABLE)
 def test_packed_documents_give_what_they_give_alone(family):
     documents = [[5, 3, 4], [2, 9, 1]]
     together = packed(0, documents)
@@ -84,11 +92,15 @@ def test_packed_documents_give_what_they_give_alone(family):
     with engine_for(build(family)) as engine:
         expected = engine.forward_backward(alone)
         assert found == pytest.approx(expected, rel=1e-6)
-        assert_close_tensors(gradients, dict(engine.named_gradients()), 2e-6)
+        gradients_alone = dict(engine.named_gradients())
+        if family == "opt":  # a bias of keys moves all of a query's scores alike: its gradient is rounding and no more
+            for name in [n for n in gradients if n.endswith("k_proj.bias")]:
+                assert max(float(g.pop(name).abs().max()) for g in (gradients, gradients_alone)) < 1e-8
+        assert_close_tensors(gradients, gradients_alone, 2e-6)
         engine.optimizer_step()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss"])
 def test_packed_documents_give_what_they_give_in_padded_rows(family):
     together, rows = packed(0, [[5, 3, 4]]), padded(1, [5, 3, 4], tokens=5)
     for row, (start, length) in enumerate([(0, 5), (5, 3), (8, 4)]):

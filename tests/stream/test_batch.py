@@ -38,6 +38,22 @@ def test_a_mask_that_masks_nothing_is_dropped(mask):
     assert list(prepared(ok(attention_mask=mask))[0].inputs) == ["input_ids"]
 
 
+def test_masked_tokens_may_compute_what_they_like_only_where_nobody_looks():
+    """Masked tokens are documents of their own only where the loss is the built-in one and has no target at them."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    labels = torch.tensor([[IGNORED, IGNORED, 3], [4, 5, 6]])
+    (unseen,) = prepared(ok(attention_mask=mask, labels=labels))
+    assert unseen.documents.divisible and unseen.documents.ends.tolist() == [0, 1, 3, 6]
+    (first_token_trained,) = prepared(ok(attention_mask=mask))
+    (custom_loss,) = prepared(ok(attention_mask=mask, labels=labels), need_labels=False)
+    assert not first_token_trained.documents.divisible and not custom_loss.documents.divisible
+
+
+def test_documents_are_found_where_position_ids_restart():
+    (micro,) = prepared(ok(position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]])))
+    assert micro.documents.packed and micro.documents.ends.tolist() == [0, 2, 3, 6]
+
+
 def test_a_list_gives_one_micro_batch_each_and_one_may_be_untrained():
     untrained = ok(labels=torch.full_like(IDS, IGNORED))
     assert [m.num_tokens for m in prepared([ok(), untrained])] == [4, 0]
