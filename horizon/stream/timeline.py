@@ -254,8 +254,8 @@ class Timeline:
 
     def _mark(self, record: _Record, activity: Activity) -> None:
         record.activity = activity
-        point = self._clock.point(record.compute)
-        record.steps[-1].marks.append(_Mark(self._clock.now(), point, activity))
+        issued = self._clock.now()  # before: the device may get there while an update thread has the interpreter
+        record.steps[-1].marks.append(_Mark(issued, self._clock.point(record.compute), activity))
 
     @contextmanager
     def _during(self, record: _Record, activity: Activity) -> Iterator[None]:

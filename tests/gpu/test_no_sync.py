@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from horizon.models.blocks import BlockModel
 from tests.gpu.models import TOKENS, batches, build, engine, padded
 
 pytestmark = pytest.mark.gpu
-
-MASKS = "transformers asks the device whether a mask is needed; passes once masks are decided on the host"
 
 
 def packed():
@@ -43,44 +40,16 @@ def watch(streamed, monkeypatch):
     monkeypatch.setattr(streamed._runtime, "run_step", watched)
 
 
-def steps_without_sync(monkeypatch, make, prepare=lambda: None, **settings):
-    with engine(build("llama"), compute_dtype="bfloat16", **settings) as streamed:
-        streamed.step(make()), streamed.step(make())  # kernels compile, the working set is measured
-        prepare()
-        watch(streamed, monkeypatch)
-        assert streamed.step(make()).loss > 0
-
-
-@pytest.mark.parametrize("max_grad_norm", [1.0, None])
-@pytest.mark.parametrize("make", [batches, long, packed, padded])
-@pytest.mark.xfail(reason=MASKS, strict=False, raises=RuntimeError)
-def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, make, max_grad_norm):
-    steps_without_sync(monkeypatch, make, max_grad_norm=max_grad_norm)
-
-
-@pytest.mark.parametrize("max_grad_norm", [1.0, None])
-@pytest.mark.parametrize("make", [batches, long, packed, padded])
 @pytest.mark.parametrize("offloaded", [False, True], ids=["device", "offloaded"])
-def test_but_for_the_masks_a_step_makes_the_host_wait_for_nothing(
-    monkeypatch, offload_everything, make, max_grad_norm, offloaded
-):
-    """Everything but the model's prologue, which makes the masks, in the forward and in the embedding's backward."""
-    embed = BlockModel.embed
-
-    def unwatched(self, *args, **kwargs):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return embed(self, *args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
-    def prepare():
-        monkeypatch.setattr(BlockModel, "embed", unwatched)
-
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize("make", [batches, long, packed, padded])
+def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, offload_everything, make, max_grad_norm, offloaded):
     if offloaded:
         offload_everything()
-    steps_without_sync(monkeypatch, make, prepare, max_grad_norm=max_grad_norm)
+    with engine(build("llama"), compute_dtype="bfloat16", max_grad_norm=max_grad_norm) as streamed:
+        streamed.step(make()), streamed.step(make())  # kernels compile, the working set is measured
+        watch(streamed, monkeypatch)
+        assert streamed.step(make()).loss > 0
 
 
 def test_a_synchronisation_is_noticed(monkeypatch):

@@ -207,6 +207,22 @@ def test_a_wait_that_cannot_be_told_from_none_belongs_to_what_came_before(waited
     assert [(s.what, s.seconds) for s in step.lane("compute")] == expected
 
 
+def test_a_mark_is_issued_before_the_device_gets_there():
+    """Also where taking the point holds the host up: what is waiting to be issued is the host's delay."""
+
+    class Slow(SimulatedClock):
+        def point(self, stream):
+            reached = super().point(stream)
+            self.host += 3
+            return reached
+
+    clock = Slow()
+    recorder = Timeline(clock)
+    recorder.start(SimulatedStream(clock))
+    recorder.enter(Cause.arithmetic, "forward", 0)
+    assert all(mark.host <= mark.point for mark in recorder._record.steps[0].marks)
+
+
 def test_what_was_not_finished_is_left_out():
     recorder = Timeline()
     recorder.start(None)
