@@ -10,36 +10,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from horizon.checkpoint.hf_import import import_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Recompute
+from horizon.checkpoint.hf_import import load_weights
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
-from horizon.models.skeleton import init_parameters
 from horizon.optim.adamw import AdamW
 from horizon.optim.apply import KeptUpdates, StreamedUpdates
+from horizon.optim.device import StateTensors, can_update, make_updater
 from horizon.optim.threads import default_num_threads
-from horizon.optim.updater import Updater, UpdateStates
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
+    lift_device_limit,
+    limit_device,
     memory_limits,
     prepare_device,
     process_bytes,
     resolve_device,
+    resolve_dtype,
 )
-from horizon.plan.memory import RING_BUFFERS, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.placement import Placer, read_policy, unknown_activations
 from horizon.plan.traffic import least_traffic
 from horizon.report.recording import Recording, record_steps
-from horizon.store.gradients import GradientBuffers, KeptGradients, RingGradients
+from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
@@ -50,6 +54,7 @@ from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
+Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
@@ -61,19 +66,22 @@ class Runtime:
     """
 
     def __init__(
-        self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, optimizer: AdamW, device: torch.device,
-        num_threads: int, recompute: Recompute,
+        self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
+        device: torch.device, num_threads: int, recompute: Recompute,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
-        self._needs = needs
+        self._needs, self._placer, self._reserve = needs, placer, unknown_activations(plan.limits)
+        self._placed_for: Shapes = []
+        self._optimizer, self._num_threads = optimizer, num_threads
         self._pin = device.type == "cuda"
         self.version = 0
         with ExitStack() as release:  # in reverse, and all of it whatever fails
-            release.callback(_lift_device_limit, device)
-            _limit_device(device, plan.limits.device)
-            self.store = HostStore(model.layouts, self._pin, needs.compute_dtype is torch.float32)
+            release.callback(lift_device_limit, device)
+            limit_device(device, plan.limits.device)
+            pin_residual = needs.compute_dtype is torch.float32
+            self.store = HostStore(model.layouts, self._pin, pin_residual, device, needs.in_hbm)
             release.callback(self.store.close)
-            self.buffers: GradientBuffers = self._new_buffers(needs.grad_dtype, needs.keeps_gradients)
+            self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
             head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
@@ -86,15 +94,18 @@ class Runtime:
             release.callback(self._activations.close)
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
-            self._updater = Updater(
-                model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published,
-                timeline=self.streams.timeline,
-            )  # fmt: skip
-            release.callback(self._updater.close)
+            self._start_updater(needs)
+            release.callback(lambda: self._updater.close())
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
-            self._kept = KeptUpdates(self._updater)
-            self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
             self._release = release.pop_all()
+
+    def _start_updater(self, needs: MemoryNeeds) -> None:
+        self._updater = make_updater(
+            self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
+            self.streams, lambda block: self.buffers.release(block),
+        )  # fmt: skip
+        self._kept = KeptUpdates(self._updater)
+        self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
 
     @property
     def keeps_gradients(self) -> bool:
@@ -103,15 +114,7 @@ class Runtime:
 
     def load(self, weights: Any, seed: int) -> None:
         """Fill the store: from a folder, from a live model, or (None) with random values."""
-        if isinstance(weights, Path):
-            import_weights(weights, self.model.skeleton, self.store.write_master)
-            return
-        if weights is not None:
-            for name, parameter in weights.named_parameters():
-                self.store.write_master(name, parameter)
-            return
-        for name, value in init_parameters(self.model.skeleton, device=self.device, seed=seed):
-            self.store.write_master(name, value)
+        load_weights(weights, self.model.skeleton, self.store.write_master, self.device, seed)
 
     # ---- a step
 
@@ -145,7 +148,8 @@ class Runtime:
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
         borrow = old_share == 0
-        planned, idle = self._plan_step([b.shape for b in batches], borrow), self._idle_bytes(borrow)
+        planned = self._plan_step([b.shape for b in batches], borrow)
+        idle = self._idle_bytes(self._needs, borrow)
         buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
         boundaries = self._activations.boundaries(planned, _num_tokens(batches), buffers)
         loss = self.executor.train(
@@ -199,12 +203,14 @@ class Runtime:
             block, param = self.store.place(name)
             if param.spec.trainable:
                 flat = self.buffers.claim(block)[param.offset : param.end]
-                yield name, flat.to(torch.float32, copy=True).view(param.spec.shape)
+                yield name, flat.to("cpu", torch.float32, copy=True).view(param.spec.shape)
 
     def wait_for_updates(self) -> None:
         """Return once every block has seen all optimizer steps."""
         for layout in self.model.layouts:
             self.store.ledger.wait(layout.index, self.version)
+        if self._needs.in_hbm:
+            self.streams.synchronize()  # a version in HBM is published when its update is launched
 
     def keep_fp32_gradients(self) -> None:
         """From now on gradients of all blocks wait on the host in fp32, so that several backwards can add up.
@@ -214,18 +220,30 @@ class Runtime:
         """
         if self.buffers.kept and self.buffers.dtype is torch.float32:
             return
-        needs = MemoryNeeds(
-            self._needs.layouts, self._needs.compute_dtype, torch.float32, True, self._needs.weight_slots,
-            self._needs.host_overhead, self._needs.device_overhead,
-        )  # fmt: skip
+        needs = replace(self._needs, grad_dtype=torch.float32, keeps_gradients=True)
+        self._rearrange(self._placer.make_room(needs, self.plan.limits, self._reserve))
+
+    def _rearrange(self, needs: MemoryNeeds) -> None:
+        """Have states, gradient buffers and slots as `needs` says, with what they hold; no step may be under way.
+
+        Raises:
+            BudgetError: it does not fit, and nothing has changed, unless the system refuses what the plan allows.
+        """
         plan = plan_memory(needs, self.plan.limits)
-        self._updater.wait()
-        self.buffers.close()
+        self.wait_for_updates()
+        self._updater.close()
+        self.executor.free_slots()
         try:
-            self.buffers = self._new_buffers(torch.float32, True)
-            self.executor.use_buffers(self.buffers)
+            self.store.keep_in_hbm(needs.in_hbm)
+            if (self.buffers.dtype, self.buffers.kept) == (needs.grad_dtype, needs.keeps_gradients):
+                self.buffers.keep_in_hbm(needs.in_hbm)
+            else:
+                self.buffers.close()
+                self.buffers = make_buffers(needs, self._pin, self.device)
+            self.executor.make_slots(self.buffers)
+            self._start_updater(needs)
         except BaseException as error:
-            self.fail(error)  # the old ones are gone
+            self.fail(error)  # what was on its way is lost
             raise
         self.plan, self._needs = plan, needs
 
@@ -256,11 +274,15 @@ class Runtime:
         limit = self.model.max_positions
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
-        fixed, idle = self.plan.with_activations(()), self._idle_bytes(self.buffers.kept)
+        kept = self.buffers.kept
+        fixed, idle = self._with_fewest_in_hbm(kept)
         rows = rows or self.guarded(
             lambda: self._activations.choose_rows(fixed, batch_size, seq_len, idle, self.version)
         )
-        self._plan_step([(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)], self.buffers.kept)
+        shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
+        if self._placer.moves:
+            self._place_for(shapes, kept, self._placer.place)
+        self._plan_step(shapes, kept)
         return rows
 
     def device_bytes(self) -> int:
@@ -284,32 +306,44 @@ class Runtime:
                 )
             )
 
-    def _plan_step(self, shapes: Sequence[tuple[int, int]], borrow: bool) -> ActivationPlan:
+    def _plan_step(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
         """Where the activations of micro-batches of these (rows, tokens) go; `plan` then includes them."""
-        fixed = self.plan.with_activations(())
-        planned = self.guarded(lambda: self._activations.plan(fixed, shapes, self._idle_bytes(borrow), self.version))
+        if self._placer.moves and self._needs.in_hbm and shapes != self._placed_for:
+            self._place_for(shapes, borrow, self._placer.make_room)
+        fixed, idle = self.plan.with_activations(()), self._idle_bytes(self._needs, borrow)
+        planned = self.guarded(lambda: self._activations.plan(fixed, shapes, idle, self.version))
         self.plan = fixed.with_activations(planned.lines)
         return planned
 
-    def _idle_bytes(self, borrow: bool) -> list[int]:
+    def _place_for(
+        self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]
+    ) -> None:
+        """Move blocks, as `place` says, so that the activations of such a step find room."""
+        fixed, idle = self._with_fewest_in_hbm(borrow)
+        keeps = self._placer.policy is Policy.auto
+        self._reserve = self.guarded(lambda: self._activations.device_bytes(fixed, shapes, idle, self.version, keeps))
+        needs = place(self._needs, self.plan.limits, self._reserve)
+        if needs != self._needs:
+            self._rearrange(needs)
+        self._placed_for = shapes
+
+    def _with_fewest_in_hbm(self, borrow: bool) -> tuple[MemoryPlan, list[int]]:
+        """The plan, and the idle bytes, had activations all the room that states can leave them."""
+        needs = self._placer.place(self._needs, self.plan.limits, self.plan.limits.device)
+        return plan_memory(needs, self.plan.limits), self._idle_bytes(needs, borrow)
+
+    def _idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
         """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
         layouts = self.model.layouts if borrow else ()
         lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
-        return [0 if lay.index in lent else lay.num_trainable * self.buffers.dtype.itemsize for lay in layouts]
+        taken = lent | needs.in_hbm
+        return [0 if lay.index in taken else lay.num_trainable * needs.grad_dtype.itemsize for lay in layouts]
 
-    def _new_buffers(self, dtype: torch.dtype, kept: bool) -> GradientBuffers:
-        if kept:
-            return KeptGradients(self.model.layouts, dtype, self._pin)
-        return RingGradients(self.model.layouts, dtype, self._pin, RING_BUFFERS)
-
-    def _update_states(self, block: int) -> UpdateStates:
+    def _states(self, block: int) -> StateTensors:
         store, grads = self.store, self.buffers.claim(block)
-        return UpdateStates.of_tensors(
+        return StateTensors(
             store.weights[block], store.residual[block], store.exp_avg[block], store.exp_avg_sq[block], grads
         )
-
-    def _published(self, block: int) -> None:
-        self.buffers.release(block)
 
     def _trainable_names(self) -> list[str]:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
@@ -342,7 +376,7 @@ def build_runtime(
     if num_threads < 1:
         raise ConfigError(f"memory.update_threads must be >= 1, got {num_threads}")
     target = resolve_device(device)
-    dtype = _torch_dtype(compute_dtype, target)
+    dtype = resolve_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
     prepare_device(target)
     model.to(target)
@@ -350,7 +384,9 @@ def build_runtime(
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads, recompute)
+    placer = read_policy(memory, target, can_update(target), model.num_blocks)
+    needs = placer.place(needs, limits, unknown_activations(limits))
+    runtime = Runtime(model, plan_memory(needs, limits), needs, placer, optimizer, target, num_threads, recompute)
     try:
         runtime.load(weights, seed)
     except BaseException:
@@ -361,23 +397,3 @@ def build_runtime(
 
 def _num_tokens(batches: Sequence[MicroBatch]) -> list[int]:
     return [rows * length for rows, length in (b.shape for b in batches)]
-
-
-def _limit_device(device: torch.device, num_bytes: int) -> None:
-    """Have torch's allocator keep to the budget, the CUDA context included."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        allowed = max(num_bytes - context_bytes(device), 1)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-
-
-def _lift_device_limit(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _torch_dtype(dtype: ComputeDtype, device: torch.device) -> torch.dtype:
-    if dtype is ComputeDtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if dtype is ComputeDtype.bfloat16 else torch.float32

@@ -111,7 +111,12 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
     engine = horizon.Engine.from_config(
         shape,
         optimizer=horizon.AdamW(lr=1e-5),
-        memory=horizon.MemoryConfig(device_budget=args.device_budget, weight_slots=args.weight_slots),
+        memory=horizon.MemoryConfig(
+            device_budget=args.device_budget,
+            weight_slots=args.weight_slots,
+            policy=args.policy,
+            hbm_blocks=args.hbm_blocks,
+        ),
         max_grad_norm=args.max_grad_norm or None,
         device="cuda",
         self_check=False,
@@ -126,12 +131,14 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             split = recorded(engine, batches, args, tokens) if args.trace else None
             print(engine.plan.table(), flush=True)
             num_parameters = engine.plan.num_parameters
+            purposes = [line.purpose for line in engine.plan.lines]
             yield {
                 "system": "horizon", "tokens": tokens, "seconds": seconds, "num_parameters": num_parameters,
                 "device_gib": engine.device_bytes / GIB, "host_rss_gib": engine.host_bytes / GIB,
                 "host_bytes_per_param": engine.host_bytes / num_parameters, "micro_batch": micro_batch,
                 "planned_host_gib": engine.plan.num_bytes("host") / GIB,
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
+                "policy": args.policy, "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
                 "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm, "split": split,
             }  # fmt: skip
 
@@ -176,6 +183,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two for warm-up")
     parser.add_argument("--device-budget", default="24GiB")
     parser.add_argument("--weight-slots", type=int, default=2)
+    parser.add_argument("--policy", choices=["auto", "dram", "hbm_first"], default="auto")
+    parser.add_argument("--hbm-blocks", type=int, help="so many blocks in HBM; default: the policy decides")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows; 0: the most that fits")
     parser.add_argument("--resident-rows", type=int, default=16, help="rows per micro-batch of the baseline")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping")

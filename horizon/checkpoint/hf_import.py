@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,25 @@ from horizon.checkpoint.conversion import Group, import_groups
 from horizon.checkpoint.shards import ShardReader, open_shards
 from horizon.errors import CheckpointError
 from horizon.models.hf_config import one_line
-from horizon.models.skeleton import tied_aliases
+from horizon.models.skeleton import init_parameters, tied_aliases
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NUM_NAMED = 3  # names in an error message, of each kind of fault
+
+
+def load_weights(
+    weights: Any, skeleton: PreTrainedModel, write: Callable[[str, Tensor], None], device: torch.device, seed: int
+) -> None:
+    """Call `write(name, tensor)` for every parameter: from a folder, from a live model, or (None) with random values.
+
+    Random values are drawn on `device`. Errors are those of `import_weights`.
+    """
+    if isinstance(weights, Path):
+        import_weights(weights, skeleton, write)
+        return
+    named = init_parameters(skeleton, device=device, seed=seed) if weights is None else weights.named_parameters()
+    for name, value in named:
+        write(name, value)
 
 
 def import_weights(folder: str | Path, skeleton: PreTrainedModel, write: Callable[[str, Tensor], None]) -> None:

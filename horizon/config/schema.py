@@ -43,6 +43,12 @@ class Recompute(StrEnum):
     none = "none"  # backward runs nothing again
 
 
+class Policy(StrEnum):
+    auto = "auto"  # on a GPU, HBM that activations do not use holds states; on CPU as dram
+    dram = "dram"  # the states of all blocks on the host
+    hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -105,6 +111,8 @@ class MemoryConfig:
     host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
+    policy: Policy = Policy.auto  # which blocks' states live in device memory, and are updated there
+    hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from horizon.errors import HorizonError
+from horizon.optim.device import TieredUpdater
 from horizon.optim.updater import Updater
 from horizon.store.gradients import GradientBuffers
 from horizon.store.ledger import Ledger
@@ -27,7 +28,7 @@ Landings: TypeAlias = "queue.SimpleQueue[tuple[int, Event] | None]"  # None: the
 class KeptUpdates:
     """Gradients wait on the host until `apply`."""
 
-    def __init__(self, updater: Updater):
+    def __init__(self, updater: Updater | TieredUpdater):
         self._updater = updater
         self._last: Event | None = None
 
@@ -54,7 +55,7 @@ class StreamedUpdates:
     Nothing is updated before the step's loss is known to be finite; a step with another loss is dropped whole.
     """
 
-    def __init__(self, updater: Updater, buffers: GradientBuffers, ledger: Ledger) -> None:
+    def __init__(self, updater: Updater | TieredUpdater, buffers: GradientBuffers, ledger: Ledger) -> None:
         self._updater, self._buffers, self._ledger = updater, buffers, ledger
         self._landings: Landings = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from horizon.config.schema import MemoryConfig
+from horizon.config.schema import ComputeDtype, MemoryConfig
 from horizon.errors import ConfigError
 from horizon.plan.memory import Limits
 from horizon.units import GIB, MIB, parse_bytes
@@ -36,6 +36,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type != "cuda" or index >= count:
         raise ConfigError(f"device={name!r} is not available here: {count} CUDA devices; use device=cpu or auto")
     return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: ComputeDtype, device: torch.device) -> torch.dtype:
+    """What blocks compute in on `device`."""
+    if dtype is ComputeDtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if dtype is ComputeDtype.bfloat16 else torch.float32
 
 
 _contexts: dict[int, int] = {}  # by device index: bytes of this process's CUDA context
@@ -107,6 +114,21 @@ def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
 def context_bytes(device: torch.device) -> int:
     """Device memory that this process holds outside of torch's allocator: the CUDA context; 0 on CPU."""
     return _contexts.get(device.index, 0) if device.type == "cuda" else 0
+
+
+def limit_device(device: torch.device, num_bytes: int) -> None:
+    """Have torch's allocator keep to the budget, the CUDA context included."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = max(num_bytes - context_bytes(device), 1)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def lift_device_limit(device: torch.device) -> None:
+    """Undo `limit_device`, and give back what the allocator keeps."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def framework_bytes(device: torch.device) -> int:

@@ -6,7 +6,7 @@ CPU-only run, the part of DRAM that stands in for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,7 @@ class MemoryNeeds:
     weight_slots: int
     host_overhead: int  # process memory before the store exists
     device_overhead: int  # context and buffers
+    in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -91,36 +92,80 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
     Raises:
         BudgetError: states, slots or framework do not fit; says by how much and the smallest budget that works.
     """
-    owned = sum(lay.num_elements for lay in needs.layouts)
-    trainable = sum(lay.num_trainable for lay in needs.layouts)
-    largest = max(lay.num_trainable for lay in needs.layouts)
-    kept = trainable if needs.keeps_gradients else RING_BUFFERS * largest
+    parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
+    plan = MemoryPlan(len(needs.layouts), parameters, fixed_lines(needs), limits)
+    fewer_blocks = ", fewer blocks in HBM (memory.hbm_blocks)" if needs.in_hbm else ""
+    check_fits(plan, f"a smaller model, fewer memory.weight_slots{fewer_blocks}")
+    return plan
+
+
+def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
+    """The fixed memory of an engine, by tier and purpose."""
+    on_host = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
+    on_device = [lay for lay in needs.layouts if lay.index in needs.in_hbm]
+    owned, trainable = (sum(getattr(lay, key) for lay in on_host) for key in ("num_elements", "num_trainable"))
+    gradients = "gradients" if needs.keeps_gradients else "gradient ring"
     lines = [
         Line("host", "weights (bf16)", owned * STATE_BYTES["weights"]),
         Line("host", "residual (low halves)", owned * STATE_BYTES["residual"]),
         Line("host", "exp_avg, exp_avg_sq (fp32)", trainable * (STATE_BYTES["exp_avg"] + STATE_BYTES["exp_avg_sq"])),
-        Line("host", "gradients" if needs.keeps_gradients else "gradient ring", kept * needs.grad_dtype.itemsize),
+        Line("host", gradients, _gradient_bytes(needs, on_host)),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
-    parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
-    plan = MemoryPlan(len(needs.layouts), parameters, tuple(lines), limits)
-    check_fits(plan, "a smaller model, fewer memory.weight_slots")
-    return plan
+    if on_device:
+        states = sum(state_bytes(lay) for lay in on_device)
+        lines += [
+            Line("device", f"states of {len(on_device)} blocks", states),
+            Line("device", f"{gradients} of {len(on_device)} blocks", _gradient_bytes(needs, on_device)),
+        ]
+    return tuple(lines)
+
+
+def state_bytes(layout: BlockLayout) -> int:
+    """Bytes of a block's states, gradients not counted."""
+    kinds = STATE_BYTES.items()
+    return sum(n * (layout.num_trainable if kind.startswith("exp_avg") else layout.num_elements) for kind, n in kinds)
+
+
+def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
+    """Bytes of the buffers in which the gradients of the blocks of one tier wait."""
+    sizes = [lay.num_trainable for lay in layouts]
+    kept = sum(sizes) if needs.keeps_gradients else RING_BUFFERS * max(sizes, default=0)
+    return kept * needs.grad_dtype.itemsize
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:
     """Device bytes of the weight slots: fp32 needs room for both halves and the joined values."""
     per_element = 2 if needs.compute_dtype is torch.bfloat16 else 8
-    return needs.weight_slots * per_element * max(lay.num_slot_elements for lay in needs.layouts)
+    return needs.weight_slots * per_element * slot_elements(needs.layouts, needs.in_hbm, needs.compute_dtype)
+
+
+def slot_elements(layouts: Sequence[BlockLayout], in_hbm: Set[int], compute_dtype: torch.dtype) -> int:
+    """Elements of a weight slot: in bf16, blocks in HBM are computed with where they are."""
+    where_they_are = in_hbm if compute_dtype is torch.bfloat16 else frozenset()
+    return max((lay.num_slot_elements for lay in layouts if lay.index not in where_they_are), default=0)
 
 
 def gradient_slot_bytes(needs: MemoryNeeds) -> int:
     """Device bytes of the fp32 sum and the drain slots."""
-    size = max(lay.num_slot_elements for lay in needs.layouts)
-    return size * (DRAIN_SLOTS * needs.grad_dtype.itemsize + (4 if needs.grad_dtype is not torch.float32 else 0))
+    drain, total = gradient_slot_elements(needs.layouts, needs.in_hbm, needs.grad_dtype)
+    return DRAIN_SLOTS * drain * needs.grad_dtype.itemsize + 4 * total
+
+
+def gradient_slot_elements(
+    layouts: Sequence[BlockLayout], in_hbm: Set[int], grad_dtype: torch.dtype
+) -> tuple[int, int]:
+    """Elements of a drain slot, and of the fp32 sum.
+
+    The gradient of a block in HBM stays in a buffer of its own and needs no drain slot. In fp32 it is summed there,
+    and those of other blocks in a drain slot, unless the block in HBM also has a share in another block's gradient.
+    """
+    drain = max((lay.num_slot_elements for lay in layouts if lay.index not in in_hbm), default=0)
+    summed = [lay for lay in layouts if grad_dtype is not torch.float32 or (lay.index in in_hbm and lay.borrowed)]
+    return drain, max((lay.num_slot_elements for lay in summed), default=0)
 
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""The bytes that a step cannot help bringing across the link when all states live in host memory."""
+"""The bytes that a step cannot help bringing across the link: none for blocks whose states live in HBM."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     The blocks that are still in a slot when backward begins (the head, the last layer, with more than two slots more of
     them) go up once, and so do frozen blocks below the lowest one that trains. Boundaries depend on the batch.
     """
-    layouts = needs.layouts
-    last = len(layouts) - 1  # the head
-    first = min(lay.index for lay in layouts if lay.num_trainable)
-    kept = max(needs.weight_slots, 2) - 1
-    again = layouts[first : max(first, last - kept)]
+    first = min(lay.index for lay in needs.layouts if lay.num_trainable)
+    layouts = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
+    above = [lay for lay in layouts if lay.index >= first]
+    kept = max(needs.weight_slots, 2)
     element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
     return {
-        ("H2D", "weights"): element * sum(_loaded(lay) for lay in (*layouts, *again)),
+        ("H2D", "weights"): element * sum(_loaded(lay, needs) for lay in (*layouts, *above[:-kept])),
         ("D2H", "gradient"): needs.grad_dtype.itemsize * sum(lay.num_trainable for lay in layouts),
     }
 
 
-def _loaded(layout: BlockLayout) -> int:
-    """Elements that a load of the block copies."""
-    return layout.num_elements + sum(b.param.spec.numel for b in layout.borrowed)
+def _loaded(layout: BlockLayout, needs: MemoryNeeds) -> int:
+    """Elements that a load of the block brings across the link."""
+    return layout.num_elements + sum(b.param.spec.numel for b in layout.borrowed if b.owner not in needs.in_hbm)

@@ -1,8 +1,8 @@
-"""Host memory for states: anonymous huge-page mappings, touched in parallel, registered with CUDA in pieces.
+"""Host memory for states: anonymous huge-page mappings, touched in parallel, registered with CUDA by region.
 
-Never per-tensor pinning: torch's pinned allocator rounds each request up to a power of two. A region never
-straddles two mappings, so one copy never straddles two registrations. Order of release matters: memory that
-is unmapped while still registered makes a later, unrelated registration fail.
+Never per-tensor pinning: torch's pinned allocator rounds each request up to a power of two. A region is one
+registration, so that it can be given back alone and one copy never straddles two. Order of release matters: memory
+that is unmapped while still registered makes a later, unrelated registration fail.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from horizon.units import GIB, MIB, align_up, format_bytes
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 * MIB
-PIECE = 16 * GIB  # largest single registration
+PIECE = 16 * GIB  # of a mapping; larger only where one region is
 REGION_ALIGN = 4096
 
 
@@ -41,17 +41,18 @@ class Arena:
         self._mappings: list[mmap.mmap] = []
         self._registered: list[int] = []
         self._views: list[Tensor] = []
+        self._places: list[tuple[mmap.mmap, int]] = []  # of each region: its mapping, and where it starts there
         self.pinned = pin
         try:
             for piece in _pieces([align_up(size, REGION_ALIGN) for size in sizes]):
-                self._views += self._map(piece, purpose)
+                self._map(piece, purpose)
         except BaseException:
             self.close()
             raise
         self.regions: list[Tensor] = [view[:size] for view, size in zip(self._views, sizes, strict=True)]
         self.num_bytes = sum(len(m) for m in self._mappings)
 
-    def _map(self, sizes: list[int], purpose: str) -> list[Tensor]:
+    def _map(self, sizes: list[int], purpose: str) -> None:
         num_bytes = align_up(max(sum(sizes), 1), HUGE_PAGE if sum(sizes) >= HUGE_PAGE else REGION_ALIGN)
         try:
             mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -69,24 +70,41 @@ class Arena:
         flat = torch.frombuffer(mapping, dtype=torch.uint8)
         if self.pinned:
             flat.zero_()  # first touch by all cores; registration alone would fault pages in on one
-            self._register(flat, purpose)
-        return list(torch.split(flat[: sum(sizes)], sizes))
+        start = 0
+        for view in torch.split(flat[: sum(sizes)], sizes):
+            if self.pinned and view.numel():
+                self._register(view, purpose)
+            self._views.append(view)
+            self._places.append((mapping, start))
+            start += view.numel()
 
-    def _register(self, flat: Tensor, purpose: str) -> None:
-        status = _cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 1)  # 1: portable
+    def _register(self, view: Tensor, purpose: str) -> None:
+        status = _cudart().cudaHostRegister(view.data_ptr(), view.numel(), 1)  # 1: portable
         if int(status) != 0:
             raise BudgetError(
-                f"CUDA refuses to register {format_bytes(flat.numel())} of host memory for {purpose} (status "
+                f"CUDA refuses to register {format_bytes(view.numel())} of host memory for {purpose} (status "
                 f"{int(status)}); raise the locked-memory limit (ulimit -l) or the container's memory limit"
             )
-        self._registered.append(flat.data_ptr())
+        self._registered.append(view.data_ptr())
+
+    def release(self, index: int) -> None:
+        """Give one region's pages back before the others go; its views must no longer be used."""
+        view, (mapping, start) = self._views[index], self._places[index]
+        if not view.numel():
+            return
+        if view.data_ptr() in self._registered:
+            _cudart().cudaHostUnregister(view.data_ptr())
+            self._registered.remove(view.data_ptr())
+        mapping.madvise(mmap.MADV_DONTNEED, start, view.numel())
+        self.num_bytes -= view.numel()
+        self.regions[index] = self._views[index] = view[:0]
 
     def close(self) -> None:
         """Unregister and unmap. Idempotent; views must no longer be used."""
         for pointer in self._registered:
             _cudart().cudaHostUnregister(pointer)
         self._registered.clear()
-        self.regions, self._views = [], []
+        self.regions, self._views, self._places = [], [], []
         for mapping in self._mappings:
             # The pages go now, the address range with its last view: closing it would not ask whether one is alive.
             mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,14 +1,15 @@
-"""Host buffers that gradients drain into: one per block, or a short ring.
+"""Buffers that gradients wait in for their update: one per block, or a short ring.
 
 Exact clipping makes all gradients wait for the global norm, so they are *kept* (2 B/param in bf16). Without
 clipping a block's update starts as soon as its gradient has landed, and a *ring* of a few buffers is enough.
-The executor claims a block's buffer before draining into it; the optimizer releases it after the update.
+The executor claims a block's buffer before writing it; the optimizer releases it after the update. A buffer is on the
+tier of its block's states: on the host, where the gradient is drained to, or on the device, where it stays.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from horizon.errors import HorizonError
 from horizon.layout import BlockLayout
-from horizon.store.arena import Arena
+from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
+from horizon.store.tiers import NOWHERE, TieredState
+
+CPU = torch.device("cpu")
 
 
 class GradientBuffers(Protocol):
-    """Where gradients wait on the host."""
+    """Where gradients wait."""
 
     dtype: torch.dtype
     kept: bool  # gradients stay readable until the next backward
+    in_hbm: frozenset[int]  # blocks whose buffers are on the device
 
     def claim(self, block: int) -> Tensor:
         """The block's buffer, [num_trainable]; waits until one is free. Claiming again returns the same."""
@@ -33,6 +38,9 @@ class GradientBuffers(Protocol):
 
     def fail(self, error: BaseException) -> None:
         """Wake whoever waits for a buffer: none will come."""
+
+    def keep_in_hbm(self, in_hbm: Set[int]) -> None:
+        """Have the buffers of exactly these blocks on the device, with what they keep; no buffer may be claimed."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,13 +55,19 @@ class KeptGradients:
 
     kept = True
 
-    def __init__(self, layouts: Sequence[BlockLayout], dtype: torch.dtype, pin: bool):
-        self.dtype = dtype
-        self._arena = Arena([lay.num_trainable * dtype.itemsize for lay in layouts], "grads", pin)
-        self._buffers = [region.view(dtype) for region in self._arena.regions]
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        dtype: torch.dtype,
+        pin: bool,
+        device: torch.device = CPU,
+        in_hbm: Set[int] = NOWHERE,
+    ):
+        self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
+        self._buffers = TieredState([lay.num_trainable for lay in layouts], dtype, "grads", pin, device, in_hbm)
 
     def claim(self, block: int) -> Tensor:
-        return self._buffers[block]
+        return self._buffers.blocks[block]
 
     def release(self, block: int) -> None:
         pass
@@ -61,47 +75,67 @@ class KeptGradients:
     def fail(self, error: BaseException) -> None:
         pass
 
+    def keep_in_hbm(self, in_hbm: Set[int]) -> None:
+        self._buffers.keep_in_hbm(in_hbm)
+        self.in_hbm = frozenset(in_hbm)
+
     @property
     def num_bytes(self) -> int:
-        return self._arena.num_bytes
+        return self._buffers.num_bytes
 
     def close(self) -> None:
-        self._buffers = []
-        self._arena.close()
+        self._buffers.close()
 
 
 class RingGradients:
-    """A few buffers, each large enough for any block.
+    """A few buffers per tier, each large enough for any block of that tier.
 
     Args:
-        num_buffers: blocks whose gradients may be under way at once; each costs the largest block's bytes.
+        num_buffers: blocks of a tier whose gradients may be under way at once; each costs the largest block's bytes.
     """
 
     kept = False
 
-    def __init__(self, layouts: Sequence[BlockLayout], dtype: torch.dtype, pin: bool, num_buffers: int):
-        self.dtype = dtype
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        dtype: torch.dtype,
+        pin: bool,
+        num_buffers: int,
+        device: torch.device = CPU,
+        in_hbm: Set[int] = NOWHERE,
+    ):
+        self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
+        self._pin, self._num_buffers, self._device = pin, num_buffers, device
         self._sizes = [lay.num_trainable for lay in layouts]
-        self._arena = Arena([max(self._sizes) * dtype.itemsize] * num_buffers, "grads", pin)
-        self._free = [region.view(dtype) for region in self._arena.regions]
         self._claimed: dict[int, Tensor] = {}
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self._make()
+
+    def _make(self) -> None:
+        on_host = max((n for b, n in enumerate(self._sizes) if b not in self.in_hbm), default=0)
+        on_device = max((self._sizes[b] for b in self.in_hbm), default=0)
+        num = self._num_buffers
+        numels, in_hbm = [on_host] * num + [on_device] * num, set(range(num, 2 * num))
+        self._buffers = TieredState(numels, self.dtype, "grads", self._pin, self._device, in_hbm)
+        self._free = {False: self._buffers.blocks[:num], True: self._buffers.blocks[num:]}  # by: on the device
 
     def claim(self, block: int) -> Tensor:
         with self._changed:
             if block not in self._claimed:
-                self._changed.wait_for(lambda: self._free or self._error)
+                free = self._free[block in self.in_hbm]
+                self._changed.wait_for(lambda: free or self._error)
                 if self._error:
                     raise self._error
-                self._claimed[block] = self._free.pop()
+                self._claimed[block] = free.pop()
             return self._claimed[block][: self._sizes[block]]
 
     def release(self, block: int) -> None:
         with self._changed:
             if block not in self._claimed:
                 raise HorizonError(f"gradient buffer of block {block} was released twice")
-            self._free.append(self._claimed.pop(block))
+            self._free[block in self.in_hbm].append(self._claimed.pop(block))
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -109,11 +143,23 @@ class RingGradients:
             self._error = self._error or error
             self._changed.notify_all()
 
+    def keep_in_hbm(self, in_hbm: Set[int]) -> None:
+        self.close()
+        self.in_hbm = frozenset(in_hbm)
+        self._make()
+
     @property
     def num_bytes(self) -> int:
-        return self._arena.num_bytes
+        return self._buffers.num_bytes
 
     def close(self) -> None:
         with self._changed:
-            self._free, self._claimed = [], {}
-        self._arena.close()
+            self._free, self._claimed = {False: [], True: []}, {}
+        self._buffers.close()
+
+
+def make_buffers(needs: MemoryNeeds, pin: bool, device: torch.device) -> KeptGradients | RingGradients:
+    """The buffers that the plan has counted."""
+    if needs.keeps_gradients:
+        return KeptGradients(needs.layouts, needs.grad_dtype, pin, device, needs.in_hbm)
+    return RingGradients(needs.layouts, needs.grad_dtype, pin, RING_BUFFERS, device, needs.in_hbm)

@@ -1,24 +1,25 @@
 """The host store: every parameter and optimizer state of the model, flat per block, in DRAM.
 
-One arena per state kind. `weights` (bf16, the high half of the fp32 master) is what streams to the device;
-`residual` is the low half; `exp_avg` and `exp_avg_sq` exist for trainable parameters only. Nothing is held twice:
-a parameter is read or written through the layout, by its Hugging Face name.
+`weights` (bf16, the high half of the fp32 master) is what streams to the device; `residual` is the low half;
+`exp_avg` and `exp_avg_sq` exist for trainable parameters only. Nothing is held twice: a parameter is read or written
+through the layout, by its Hugging Face name. Blocks that the placement names have all their states in device memory
+(`hbm`) instead, and none on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor
 
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
-from horizon.store.arena import Arena
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
+from horizon.store.tiers import NOWHERE, TieredState
 
-BYTES_PER_ELEMENT = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
+CPU = torch.device("cpu")
 
 
 class HostStore:
@@ -28,15 +29,25 @@ class HostStore:
         weights: bf16 [num_elements] per block.
         residual: int16 [num_elements] per block.
         exp_avg, exp_avg_sq: fp32 [num_trainable] per block.
+        in_hbm: blocks whose states are on the device.
         ledger: how many optimizer steps the weights of each block have seen.
     """
 
-    def __init__(self, layouts: Sequence[BlockLayout], pin: bool, pin_residual: bool):
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        pin: bool,
+        pin_residual: bool,
+        device: torch.device = CPU,
+        in_hbm: Set[int] = NOWHERE,
+    ):
         self.layouts = tuple(layouts)
+        self.in_hbm = frozenset(in_hbm)
+        self._device = device
         self.ledger = Ledger(len(self.layouts))
         owned = [lay.num_elements for lay in self.layouts]
         trainable = [lay.num_trainable for lay in self.layouts]
-        self._arenas: dict[str, Arena] = {}
+        self._states: dict[str, TieredState] = {}
         try:
             # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
             self.weights = self._allocate("weights", owned, torch.bfloat16, pin)
@@ -49,14 +60,23 @@ class HostStore:
         self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
 
     def _allocate(self, kind: str, numels: Sequence[int], dtype: torch.dtype, pin: bool) -> list[Tensor]:
-        arena = Arena([n * BYTES_PER_ELEMENT[kind] for n in numels], kind, pin)
-        self._arenas[kind] = arena
-        return [region.view(dtype) for region in arena.regions]
+        self._states[kind] = TieredState(numels, dtype, kind, pin, self._device, self.in_hbm)
+        return self._states[kind].blocks
+
+    def keep_in_hbm(self, in_hbm: Set[int]) -> None:
+        """Have the states of exactly these blocks on the device; nobody may be reading or updating any.
+
+        Raises:
+            BudgetError: a tier has no room; the states are then of no use any more.
+        """
+        for state in self._states.values():
+            state.keep_in_hbm(in_hbm)
+        self.in_hbm = frozenset(in_hbm)
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        """Bytes held per state kind."""
-        return {kind: arena.num_bytes for kind, arena in self._arenas.items()}
+        """Host bytes held per state kind."""
+        return {kind: state.num_bytes for kind, state in self._states.items()}
 
     def place(self, name: str) -> tuple[int, Param]:
         """(block, parameter) of a Hugging Face name.
@@ -86,10 +106,11 @@ class HostStore:
         """A parameter's exact fp32 value, a new CPU tensor of its shape."""
         block, param = self.place(name)
         span = slice(param.offset, param.end)
-        return join_master(self.weights[block][span], self.residual[block][span]).view(param.spec.shape)
+        high, low = self.weights[block][span].cpu(), self.residual[block][span].cpu()
+        return join_master(high, low).view(param.spec.shape)
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
         self.weights, self.residual, self.exp_avg, self.exp_avg_sq = [], [], [], []
-        for arena in self._arenas.values():
-            arena.close()
+        for state in self._states.values():
+            state.close()

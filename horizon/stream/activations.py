@@ -55,12 +55,19 @@ class Activations:
         """
         key = fixed, tuple(shapes), tuple(idle)
         if key not in self._plans:
-            tokens = [rows * length for rows, length in shapes]
-            seq_len = max(length for _, length in shapes)
-            working = self._working_set(seq_len, -(-max(tokens) // seq_len), version)
-            planned = plan_activations(fixed, tokens, self._token_bytes, working, idle, self._recompute)
-            self._plans = {key: planned}  # steps of a run look alike
+            self._plans = {key: self._planned(fixed, shapes, idle, version, self._recompute)}  # steps look alike
         return self._plans[key]
+
+    def device_bytes(
+        self, fixed: MemoryPlan, shapes: Sequence[tuple[int, int]], idle: Sequence[int], version: int, keeps: bool
+    ) -> int:
+        """Device bytes that a step's activations take; arguments as for `plan`.
+
+        `keeps`: with what layers may keep to be recomputed less; else without, where the plan has the choice.
+        """
+        recompute = Recompute.full if self._recompute is Recompute.auto and not keeps else self._recompute
+        lines = self._planned(fixed, shapes, idle, version, recompute).lines
+        return sum(line.num_bytes for line in lines if line.tier == "device")
 
     def boundaries(self, planned: ActivationPlan, tokens: Sequence[int], buffers: Sequence[Tensor]) -> Boundaries:
         """Places for a step's boundaries.
@@ -75,6 +82,19 @@ class Activations:
     def close(self) -> None:
         """Give host memory back. Idempotent."""
         self._offload.close()
+
+    def _planned(
+        self,
+        fixed: MemoryPlan,
+        shapes: Sequence[tuple[int, int]],
+        idle: Sequence[int],
+        version: int,
+        recompute: Recompute,
+    ) -> ActivationPlan:
+        tokens = [rows * length for rows, length in shapes]
+        seq_len = max(length for _, length in shapes)
+        working = self._working_set(seq_len, -(-max(tokens) // seq_len), version)
+        return plan_activations(fixed, tokens, self._token_bytes, working, idle, recompute)
 
     def _working_set(self, seq_len: int, max_rows: int, version: int) -> WorkingSet:
         key = seq_len, measured_rows(seq_len, max_rows)

@@ -81,9 +81,19 @@ class Executor:
         return self._model.vocab_size
 
     def use_buffers(self, buffers: GradientBuffers) -> None:
-        """Drain gradients into these host buffers from now on."""
+        """Send gradients into these buffers from now on."""
         self.gradients = None  # give the old slots back first
         self.gradients = GradientSlots(self._streams, self._layouts, buffers)
+
+    def free_slots(self) -> None:
+        """Give the slots' memory back, until `make_slots`."""
+        self._weights.free()
+        self.gradients = None
+
+    def make_slots(self, buffers: GradientBuffers) -> None:
+        """Slots for blocks and buffers that have moved."""
+        self._weights.make()
+        self.use_buffers(buffers)
 
     def train(
         self,

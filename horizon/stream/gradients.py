@@ -1,16 +1,18 @@
-"""Gradients on their way from autograd to the host.
+"""Gradients on their way from autograd to the buffers where they wait for their update.
 
 A block's parameter gradients are summed in fp32 in one flat buffer over all micro-batches, measured (one norm per
 parameter), cast to the host's gradient dtype in a drain slot, and cross the link once. Weight gradients of linear
 layers and embedding tables are computed in their place there (`models.linear`); a place is overwritten by what comes
 first, so nothing is zeroed ahead. Sums that already wait on the host (an earlier `forward_backward`, or the head's
-share of a tied embedding) are fetched first and added to.
+share of a tied embedding) are fetched first and added to. The gradient of a block in HBM stays on the device, where its
+buffer is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from horizon.layout import BlockLayout
+from horizon.plan.memory import gradient_slot_elements
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.streams import Event, Streams
 from horizon.stream.timeline import Cause
@@ -31,7 +34,7 @@ class GradientSink(Protocol):
         """The forward is over: after `event` the step's loss is in `loss`, a host scalar. No gradient landed before."""
 
     def landed(self, block: int, event: Event) -> None:
-        """After `event` the block's whole gradient is in its host buffer."""
+        """After `event` the block's whole gradient is in its buffer."""
 
 
 @dataclass(slots=True)
@@ -66,15 +69,16 @@ class GradientSlots:
     """Sums, measures and drains one block's gradients at a time.
 
     Args:
-        buffers: the host side.
+        buffers: where they go.
         num_slots: drain slots; 2 lets a block's copy run beside the next block's backward.
     """
 
     def __init__(self, streams: Streams, layouts: Sequence[BlockLayout], buffers: GradientBuffers, num_slots: int = 2):
         self._streams, self._layouts, self._buffers = streams, layouts, buffers
-        size = max(lay.num_slot_elements for lay in layouts)
+        self._in_hbm = buffers.in_hbm
+        size, total = gradient_slot_elements(layouts, self._in_hbm, buffers.dtype)
         self._slots = [_DrainSlot(streams.empty(size, dtype=buffers.dtype)) for _ in range(num_slots)]
-        self._sum = streams.empty(size, dtype=torch.float32) if buffers.dtype is not torch.float32 else None
+        self._sum = streams.empty(total, dtype=torch.float32)
         self._spans = _all_spans(layouts)
         self._padding = [_padding(lay, spans) for lay, spans in zip(layouts, self._spans, strict=True)]
         self._partial: dict[int, dict[tuple[int, int], _Partial]] = {}  # by owner and host range
@@ -82,7 +86,7 @@ class GradientSlots:
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
         self._turn = 0
         self._block = -1
-        self._target = self._slots[0].flat
+        self._flat = self._target = self._slots[0].flat
         self._places: dict[str, Tensor] = {}  # of the open block: local name -> view of the target
         self._written: set[str] = set()  # those that hold a sum
 
@@ -101,11 +105,15 @@ class GradientSlots:
         """Start summing `block`'s gradients; with `single`, `add` will be called just once."""
         self._block = block
         slot = self._slot
-        if slot.drained is not None:  # its last copy to the host must be over before it is written again
-            with self._streams.waiting(Cause.link, "gradient slot", block):
-                self._streams.compute.wait_event(slot.drained)
-        # A gradient that is no sum needs no fp32 detour: it is computed in the dtype that it is kept in.
-        self._target = slot.flat if self._sum is None or (single and not self._waiting(block)) else self._sum
+        if block in self._in_hbm:
+            trains = self._layouts[block].num_trainable > 0  # else no update would release the buffer
+            self._flat = self._claim(block) if trains else self._sum[:0]
+        else:
+            if slot.drained is not None:  # its last copy to the host must be over before it is written again
+                with self._streams.waiting(Cause.link, "gradient slot", block):
+                    self._streams.compute.wait_event(slot.drained)
+            self._flat = slot.flat
+        self._target = self._sum if self._needs_sum(block, single) else self._flat
         ranges = [(name, offset, shape) for name, offset, shape in self._layouts[block].grad_ranges()]
         self._places = {n: self._target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
         self._written = set()
@@ -113,6 +121,13 @@ class GradientSlots:
             for (start, stop), partial in self._partial.get(span.owner, {}).items():
                 fetched = self._add_partial(slot, span, start, stop, partial)
                 self._written |= {name for name, offset, _ in ranges if offset in fetched}
+
+    def _needs_sum(self, block: int, single: bool) -> bool:
+        """Whether the gradient is summed elsewhere than in the memory that it is kept in or drained from."""
+        if block in self._in_hbm and self._layouts[block].borrowed:
+            return True  # its buffer has no place for its share in another block's gradient
+        # A gradient that is no sum needs no fp32 detour: it is computed in the dtype that it is kept in.
+        return self._buffers.dtype is not torch.float32 and not (single and not self._waiting(block))
 
     def add(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add one micro-batch's gradients, by local name; a parameter that took no part may be None."""
@@ -158,18 +173,19 @@ class GradientSlots:
             self._places[name].copy_(gradient)
 
     def close(self, sink: GradientSink) -> None:
-        """Measure the sums, cast them, start their way to the host."""
+        """Measure the sums, cast them, start their way to the host; what belongs to a block in HBM stays there."""
         block, slot = self._block, self._slot
         for name in self._places.keys() - self._written:
             self._places[name].zero_()
         for start, stop in self._padding[block]:
             self._target[start:stop].zero_()
-        if self._target is not slot.flat:
-            for span in self._spans[block]:
-                slot.flat[span.start : span.end].copy_(self._target[span.start : span.end])
-        self._measure(block, slot.flat)
+        for span in self._spans[block]:
+            source, stays = self._target[span.start : span.end], span.owner in self._in_hbm
+            place = self._claim(span.owner)[span.host] if stays else self._flat[span.start : span.end]
+            if place.data_ptr() != source.data_ptr():
+                place.copy_(source)
+        self._measure(block, self._flat)
         self._drain(block, slot, sink)
-        self._turn = (self._turn + 1) % len(self._slots)
         self._block, self._places = -1, {}
 
     def _waiting(self, block: int) -> bool:
@@ -187,17 +203,19 @@ class GradientSlots:
             return range(0)
         source = self._claim(span.owner)[start:stop]
         to = slice(span.start + start - span.host.start, span.start + stop - span.host.start)
-        fetch, compute = self._streams.fetch, self._streams.compute
-        fetch.wait_event(compute.record_event())  # the slot is free for writing
-        if partial.landed is not None:
-            fetch.wait_event(partial.landed)
-        with self._streams.moving(fetch, "gradient", span.owner):
-            self._streams.copy(fetch, slot.flat[to], source)
-        with self._streams.waiting(Cause.link, "gradient", span.owner):
-            compute.wait_event(fetch.record_event())
+        if span.owner not in self._in_hbm:
+            fetch, compute = self._streams.fetch, self._streams.compute
+            fetch.wait_event(compute.record_event())  # the slot is free for writing
+            if partial.landed is not None:
+                fetch.wait_event(partial.landed)
+            with self._streams.moving(fetch, "gradient", span.owner):
+                self._streams.copy(fetch, slot.flat[to], source)
+            with self._streams.waiting(Cause.link, "gradient", span.owner):
+                compute.wait_event(fetch.record_event())
+            source = slot.flat[to]
         target = self._target[to]
-        if self._target is not slot.flat:
-            target.copy_(slot.flat[to])
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source)
         if partial.share != 1:
             target.mul_(partial.share)
         return range(to.start, to.stop)
@@ -218,17 +236,21 @@ class GradientSlots:
     def _drain(self, block: int, slot: _DrainSlot, sink: GradientSink) -> None:
         drain = self._streams.drain
         drain.wait_event(self._streams.compute.record_event())
-        targets = [self._claim(span.owner)[span.host] for span in self._spans[block]]
-        with self._streams.moving(drain, "gradient", block):
-            for span, target in zip(self._spans[block], targets, strict=True):
+        leaving = [span for span in self._spans[block] if span.owner not in self._in_hbm]
+        targets = [self._claim(span.owner)[span.host] for span in leaving]
+        with self._streams.moving(drain, "gradient", block) if leaving else nullcontext():
+            for span, target in zip(leaving, targets, strict=True):
                 self._streams.copy(drain, target, slot.flat[span.start : span.end])
-        slot.drained = drain.record_event()
+        drained = drain.record_event()
+        if block not in self._in_hbm:
+            slot.drained = drained
+            self._turn = (self._turn + 1) % len(self._slots)
         if self._layouts[block].num_trainable:
-            sink.landed(block, slot.drained)
+            sink.landed(block, drained)
         for span in self._spans[block]:
             if span.owner != block:
                 parts = self._partial.setdefault(span.owner, {})
-                parts[span.host.start, span.host.stop] = _Partial(1.0, slot.drained)
+                parts[span.host.start, span.host.stop] = _Partial(1.0, drained)
 
 
 def _all_spans(layouts: Sequence[BlockLayout]) -> list[list[_Span]]:

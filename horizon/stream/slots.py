@@ -8,6 +8,9 @@ A released block stays readable until its slot is loaded again, so the turn-arou
 the forward are the first of the backward) costs no second transfer. `loaded` is recorded on the fetch stream when
 the bytes have landed and compute waits for it; `released` is recorded on the compute stream after the last kernel
 that reads them and fetch waits for it before overwriting.
+
+A block whose states are in HBM is computed with where it is, without a load, when blocks compute in bf16. In fp32 its
+halves are joined in a slot, as if they came from the host.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horizon.layout import BlockLayout
 from horizon.models.blocks import block_parameters
+from horizon.plan.memory import slot_elements
 from horizon.store.host import HostStore
 from horizon.store.split import join_master
 from horizon.stream.streams import Streams
@@ -80,9 +85,8 @@ class WeightSlots:
     """
 
     def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
-        self._streams, self._store = streams, store
-        size = max(lay.num_slot_elements for lay in store.layouts)
-        self._slots = [self._new_slot(i, size, dtype) for i in range(num_slots)]
+        self._streams, self._store, self._num_slots, self._dtype = streams, store, num_slots, dtype
+        self.make()
         self._visits: list[int] = []
         self._version = 0
         self._next = 0  # visit to acquire next
@@ -90,9 +94,20 @@ class WeightSlots:
         self._current: Slot | None = None
         self._late: set[int] = set()  # blocks that were still being updated when a slot was free for them
 
-    def _new_slot(self, index: int, size: int, dtype: torch.dtype) -> Slot:
-        flat = self._streams.empty(size, dtype=dtype)
-        if dtype is torch.bfloat16:
+    def make(self) -> None:
+        """Slots for the blocks as they are placed now."""
+        store, in_place = self._store, self._store.in_hbm if self._dtype is torch.bfloat16 else frozenset()
+        size = slot_elements(store.layouts, store.in_hbm, self._dtype)
+        self._slots = [self._new_slot(i, size) for i in range(self._num_slots)]
+        self._in_place = {b: _slot_in_place(self._num_slots + i, store, b) for i, b in enumerate(sorted(in_place))}
+
+    def free(self) -> None:
+        """Give the memory back, until `make`."""
+        self._slots, self._in_place = [], {}
+
+    def _new_slot(self, index: int, size: int) -> Slot:
+        flat = self._streams.empty(size, dtype=self._dtype)
+        if self._dtype is torch.bfloat16:
             return Slot(index, flat, None)
         halves = self._streams.empty(size, dtype=torch.bfloat16), self._streams.empty(size, dtype=torch.int16)
         return Slot(index, flat, halves)
@@ -110,6 +125,8 @@ class WeightSlots:
         """Forget everything after a failed step; the buffers stay."""
         for slot in self._slots:
             slot.state, slot.block, slot.version = SlotState.EMPTY, None, -1
+        for slot in self._in_place.values():
+            slot.state = SlotState.READY
         self._visits, self._current = [], None
 
     def prefetch(self, wait: bool = False) -> None:
@@ -120,7 +137,7 @@ class WeightSlots:
         """
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
-            if self._holding(block) is None:
+            if block not in self._in_place and self._holding(block) is None:
                 slot = self._victim()
                 if slot is None or not self._up_to_date(block, wait and self._ahead == self._next):
                     return
@@ -132,11 +149,15 @@ class WeightSlots:
         if self._ahead <= self._next:
             self.prefetch(wait=True)
         block = self._visits[self._next]
-        slot = self._holding(block)
-        if slot is None:
-            raise RuntimeError(f"block {block} was not loaded although it is the next visit")
-        with self._streams.waiting(Cause.optimizer if slot.late else Cause.link, "weights", block):
-            self._streams.compute.wait_event(slot.loaded)
+        slot = self._in_place.get(block)
+        if slot is not None:
+            self._wait_for_update(block)
+        else:
+            slot = self._holding(block)
+            if slot is None:
+                raise RuntimeError(f"block {block} was not loaded although it is the next visit")
+            with self._streams.waiting(Cause.optimizer if slot.late else Cause.link, "weights", block):
+                self._streams.compute.wait_event(slot.loaded)
         self._streams.timeline.enter(Cause.arithmetic, self._pass(), block)
         slot.to(SlotState.IN_USE)
         self._current = slot
@@ -147,7 +168,8 @@ class WeightSlots:
         """All kernels reading the acquired block have been issued."""
         slot = self._current
         assert slot is not None
-        slot.released = self._streams.compute.record_event()
+        if slot.block not in self._in_place:
+            slot.released = self._streams.compute.record_event()
         self._streams.timeline.enter(Cause.launch, "issuing")
         slot.to(SlotState.READY)
         self._current = None
@@ -179,19 +201,27 @@ class WeightSlots:
         return self._visits.index(slot.block, self._ahead)
 
     def _up_to_date(self, block: int, wait: bool) -> bool:
-        ledger = self._store.ledger
-        if ledger.version(block) < self._version:
-            self._late.add(block)
+        """Whether the block and those that it borrows from have seen all updates."""
+        sources = _sources(self._store.layouts[block])
+        if all(self._store.ledger.version(source) >= self._version for source in sources):
+            return True
+        self._late.add(block)
         if wait:
-            with self._streams.waiting(Cause.optimizer, "update", block):
-                ledger.wait(block, self._version)
-        return ledger.version(block) >= self._version
+            self._wait_for_update(block)
+        return wait
+
+    def _wait_for_update(self, block: int) -> None:
+        with self._streams.waiting(Cause.optimizer, "update", block):
+            for source in _sources(self._store.layouts[block]):
+                self._store.ledger.wait(source, self._version)
 
     def _load(self, slot: Slot, block: int) -> None:
         slot.to(SlotState.LOADING)
         fetch = self._streams.fetch
         if slot.released is not None:  # kernels of the previous block may still be reading
             fetch.wait_event(slot.released)
+        if not self._store.in_hbm.isdisjoint(_sources(self._store.layouts[block])):
+            fetch.wait_event(self._streams.compute.record_event())  # their updates are kernels there
         slot.block, slot.version, slot.late = block, self._version, block in self._late
         self._late.discard(block)
         size = self._store.layouts[block].num_slot_elements
@@ -211,7 +241,28 @@ class WeightSlots:
 
     def _copy_block(self, state: Sequence[Tensor], block: int, target: Tensor) -> None:
         layout = self._store.layouts[block]
-        self._streams.copy(self._streams.fetch, target[: layout.num_elements], state[block])
+        self._bring(state[block], block, target[: layout.num_elements])
         for b in layout.borrowed:
-            source = state[b.owner][b.param.offset : b.param.end]
-            self._streams.copy(self._streams.fetch, target[b.offset : b.end], source)
+            self._bring(state[b.owner][b.param.offset : b.param.end], b.owner, target[b.offset : b.end])
+
+    def _bring(self, source: Tensor, owner: int, target: Tensor) -> None:
+        """Copy across the link or, from a block in HBM, within the device."""
+        if owner not in self._store.in_hbm:
+            self._streams.copy(self._streams.fetch, target, source)
+            return
+        with self._streams.running(self._streams.fetch):
+            target.copy_(source, non_blocking=True)
+
+
+def _sources(layout: BlockLayout) -> set[int]:
+    """The blocks that a block's parameters come from."""
+    return {layout.index, *(b.owner for b in layout.borrowed)}
+
+
+def _slot_in_place(index: int, store: HostStore, block: int) -> Slot:
+    """What stands for a slot where a block's weights are on the device already."""
+    layout, weights = store.layouts[block], store.weights
+    params = {p.spec.local_name: weights[block][p.offset : p.end].view(p.spec.shape) for p in layout.params}
+    for b in layout.borrowed:
+        params[b.local_name] = weights[b.owner][b.param.offset : b.param.end].view(b.param.spec.shape)
+    return Slot(index, weights[block], None, SlotState.READY, block, params={block: params})

@@ -1,8 +1,8 @@
 """Streams and events by role, and the stand-in that runs the same executor without a GPU.
 
-On a GPU three streams overlap: `compute` runs kernels, `fetch` brings bytes to the device ahead of them, `drain`
-takes bytes away behind them. On CPU every call completes before it returns, so streams and events have nothing
-to order; the executor's code is the same.
+On a GPU the streams overlap: `compute` runs kernels, `fetch` brings bytes to the device ahead of them, `drain` takes
+bytes away behind them, `update` runs AdamW beside them on blocks that live on the device. On CPU every call completes
+before it returns, so streams and events have nothing to order; the executor's code is the same.
 """
 
 from __future__ import annotations
@@ -60,15 +60,16 @@ class Streams:
     compute: Stream  # kernels
     fetch: Stream  # host -> device, overlaps compute
     drain: Stream  # device -> host, overlaps compute and fetch
+    update: Stream  # AdamW on blocks in HBM, overlaps the backward of others
     timeline: Timeline = field(default_factory=Timeline)  # of what they do, while steps are recorded
 
     @classmethod
     def on(cls, device: torch.device) -> Streams:
         """Streams for `device`; compute is the stream that is current now."""
         if device.type != "cuda":
-            return cls(device, HostStream(), HostStream(), HostStream())
-        fetch, drain = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
-        return cls(device, torch.cuda.current_stream(device), fetch, drain, Timeline(CudaClock()))
+            return cls(device, HostStream(), HostStream(), HostStream(), HostStream())
+        fetch, drain, update = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
+        return cls(device, torch.cuda.current_stream(device), fetch, drain, update, Timeline(CudaClock()))
 
     def running(self, stream: Stream) -> AbstractContextManager[Any]:
         """Kernels and copies issued while open go to `stream`."""

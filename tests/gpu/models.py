@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,9 +75,12 @@ def padded() -> list[dict[str, Tensor]]:
 
 
 def engine(model: Any, **settings: Any) -> horizon.Engine:
-    """An engine on the GPU with torch's kernels, unless told otherwise."""
+    """An engine on the GPU with torch's kernels and all states on the host, unless told otherwise."""
     defaults = {"optimizer": horizon.AdamW(lr=1e-2), "device": DEVICE, "kernels": "torch", "self_check": False}
-    return horizon.Engine.from_pretrained(model, **{**defaults, **settings})
+    memory = settings.pop("memory", horizon.MemoryConfig())
+    if memory.policy == "auto" and memory.hbm_blocks is None:
+        memory = replace(memory, policy="dram")  # models as small as these would all move to HBM
+    return horizon.Engine.from_pretrained(model, memory=memory, **{**defaults, **settings})
 
 
 def plain_gradients(model: Any, step: Sequence[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:

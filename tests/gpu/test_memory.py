@@ -105,4 +105,4 @@ def test_two_engines_share_a_device():
 def test_copies_have_streams_of_their_own_and_compute_is_the_users():
     streams = Streams.on(torch.device(DEVICE, 0))
     assert streams.compute == torch.cuda.current_stream(DEVICE)
-    assert len({s.cuda_stream for s in (streams.compute, streams.fetch, streams.drain)}) == 3
+    assert len({s.cuda_stream for s in (streams.compute, streams.fetch, streams.drain, streams.update)}) == 4

@@ -1,4 +1,6 @@
 import re
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from horizon.errors import BudgetError
 from horizon.layout import ParamSpec, place_block
 from horizon.plan.activations import WorkingSet, boundary_sizes, choose_micro_batch, own_bytes, plan_activations
-from horizon.plan.memory import RING_BUFFERS, Limits, Line, MemoryNeeds, MemoryPlan, plan_memory
-from horizon.store.gradients import KeptGradients, RingGradients
+from horizon.plan.memory import Limits, Line, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.store import tiers
+from horizon.store.gradients import make_buffers
 from horizon.store.host import HostStore
 from horizon.store.offload import OffloadSpace
 from horizon.stream.gradients import GradientSlots
@@ -22,7 +25,7 @@ LAYER = place_block(1, "layer", [ParamSpec("w", "w", (64, 64)), ParamSpec("f", "
 HEAD = place_block(2, "head", [ParamSpec("n", "n", (64,))], [("lm", 0, EMBED.params[0])])  # 2048; 10240 in a slot
 LAYOUTS = (EMBED, LAYER, HEAD)
 PLENTY = Limits(host=1 << 50, device=1 << 50)
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 
 
 def needs(compute=BF16, grad=BF16, keeps=True, weight_slots=2):
@@ -67,10 +70,17 @@ def test_what_a_setting_changes(change, purpose, num_bytes):
 @pytest.mark.parametrize("compute", [BF16, FP32])
 @pytest.mark.parametrize("grad", [BF16, FP32])
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_is_allocated_is_what_was_planned(compute, grad, keeps):
+@pytest.mark.parametrize("in_hbm", [(), (0,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
+def test_what_is_allocated_is_what_was_planned(compute, grad, keeps, in_hbm):
     """Exactly on the device; on the host up to the page and huge page that a mapping is rounded up to."""
-    planned = needs(compute, grad, keeps)
+    planned = replace(needs(compute, grad, keeps), in_hbm=frozenset(in_hbm))
     taken = []
+    zeros = torch.zeros
+
+    def counting_zeros(*shape, **kwargs):
+        result = zeros(*shape, **kwargs)
+        taken.append(result.nbytes if "device" in kwargs else 0)
+        return result
 
     class Counting(Streams):
         def empty(self, *shape, dtype):
@@ -78,9 +88,10 @@ def test_what_is_allocated_is_what_was_planned(compute, grad, keeps):
             taken.append(result.nbytes)
             return result
 
-    streams = Counting.on(torch.device("cpu"))
-    store = HostStore(LAYOUTS, pin=False, pin_residual=False)
-    buffers = KeptGradients(LAYOUTS, grad, False) if keeps else RingGradients(LAYOUTS, grad, False, RING_BUFFERS)
+    streams = Counting.on(CPU)
+    with mock.patch.object(tiers.torch, "zeros", counting_zeros):
+        store = HostStore(LAYOUTS, False, False, CPU, planned.in_hbm)
+        buffers = make_buffers(planned, False, CPU)
     WeightSlots(streams, store, planned.weight_slots, compute)
     GradientSlots(streams, LAYOUTS, buffers)
     plan = plan_memory(planned, PLENTY)

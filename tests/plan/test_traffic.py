@@ -9,14 +9,14 @@ from tests.stream.simulated import Durations, simulate
 from tests.stream.steps import tiny_model
 
 
-def needs(model, weight_slots, dtype=torch.bfloat16, grad_dtype=torch.bfloat16):
-    return MemoryNeeds(model.layouts, dtype, grad_dtype, True, weight_slots, 0, 0)
+def needs(model, weight_slots, dtype=torch.bfloat16, grad_dtype=torch.bfloat16, in_hbm=frozenset()):
+    return MemoryNeeds(model.layouts, dtype, grad_dtype, True, weight_slots, 0, 0, in_hbm)
 
 
-def moved(model, weight_slots):
+def moved(model, weight_slots, in_hbm=frozenset()):
     """Bytes by (direction, what) of a step."""
-    step, _ = simulate(model, Durations(), weight_slots=weight_slots)
-    found = {}
+    step, _ = simulate(model, Durations(), weight_slots=weight_slots, in_hbm=in_hbm)
+    found = {("H2D", "weights"): 0, ("D2H", "gradient"): 0}
     for span in (*step.lane("H2D"), *step.lane("D2H")):
         found[span.lane, span.what] = found.get((span.lane, span.what), 0) + span.num_bytes
     return found
@@ -30,6 +30,15 @@ FROZEN = ("model.embed_tokens.*", "model.layers.0.*")
 def test_an_untied_models_step_moves_the_least(weight_slots, freeze):
     model = tiny_model(layers=3, freeze=freeze)
     assert moved(model, weight_slots) == least_traffic(needs(model, weight_slots))
+
+
+@pytest.mark.parametrize("weight_slots", [2, 3])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("in_hbm", [{0}, {0, 1}, {0, 4}, {0, 1, 2, 4}, {0, 1, 2, 3, 4}], ids=str)
+def test_blocks_in_hbm_move_nothing(weight_slots, tied, in_hbm):
+    """Nor does a tied head that reads the embedding there."""
+    model, in_hbm = tiny_model(layers=3, tied=tied), frozenset(in_hbm)
+    assert moved(model, weight_slots, in_hbm) == least_traffic(needs(model, weight_slots, in_hbm=in_hbm))
 
 
 def test_one_slot_moves_the_last_layer_again():

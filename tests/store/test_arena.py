@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from horizon.errors import BudgetError
 from horizon.store import arena
 from horizon.store.arena import HUGE_PAGE, REGION_ALIGN, Arena
-from horizon.units import MIB
+from horizon.units import MIB, align_up
 
 SIZES = st.lists(st.one_of(st.integers(0, 9000), st.sampled_from([0, 4096, HUGE_PAGE, HUGE_PAGE + 1])), max_size=9)
 
@@ -80,6 +80,24 @@ def test_close_gives_the_pages_back_even_while_a_view_is_alive():
     assert not bool(view.any())  # still mapped, empty pages
 
 
+@settings(max_examples=50, deadline=None)
+@given(SIZES, st.data())
+def test_a_released_region_is_gone_and_the_others_are_as_they_were(sizes, data):
+    space = Arena(sizes, "test", pin=False)
+    for i, region in enumerate(space.regions):
+        region.fill_(i + 1)
+    gone = data.draw(st.sets(st.integers(0, len(sizes) - 1))) if sizes else set()
+    views, held = [region[:] for region in space.regions], space.num_bytes
+    for i in gone:
+        space.release(i)
+        space.release(i)  # may be called again
+    assert space.num_bytes == held - sum(align_up(sizes[i], REGION_ALIGN) for i in gone)
+    for i, (region, view) in enumerate(zip(space.regions, views, strict=True)):
+        assert region.numel() == (0 if i in gone else sizes[i])
+        assert bool((view == (0 if i in gone else i + 1)).all())  # still mapped, empty pages
+    space.close()
+
+
 def test_refused_memory_is_a_budget_error_and_what_was_taken_is_given_back(monkeypatch):
     taken = []
 
@@ -104,6 +122,8 @@ def test_pinned_regions_are_registered_and_unregistered():
     for _ in range(3):  # memory unmapped while registered would make a later registration fail
         space = Arena([HUGE_PAGE, 0, 5000], "test", pin=True)
         assert all(region.is_pinned() for region in space.regions if region.numel())
+        space.release(0)
+        assert len(space._registered) == 1
         pointers = [region.data_ptr() for region in space.regions]
         space.close()
         assert space._registered == [] and len(set(pointers)) >= 2

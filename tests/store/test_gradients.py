@@ -106,3 +106,23 @@ def test_a_buffer_is_released_once(ring):
 def test_close_may_be_called_again(ring):
     ring.close()
     ring.close()
+
+
+def test_blocks_of_two_tiers_have_rings_of_their_own(dtype):
+    rings = RingGradients(LAYOUTS, dtype, pin=False, num_buffers=1, in_hbm={0})
+    assert rings.num_bytes == LAYOUTS[2].num_trainable * dtype.itemsize  # block 0's is not the host's
+    rings.claim(2).fill_(1)
+    rings.claim(0).fill_(2)  # waits for nobody
+    assert bool((rings.claim(2) == 1).all())
+    thread, outcome = in_thread(rings.claim, 1)
+    rings.release(0)  # the other tier's
+    thread.join(0.05)
+    assert outcome == []
+    rings.release(2)
+    thread.join(5)
+    assert outcome[0].shape == (LAYOUTS[1].num_trainable,)
+    rings.release(1)
+    rings.keep_in_hbm({1, 2})
+    assert rings.claim(2).shape == (LAYOUTS[2].num_trainable,)
+    assert rings.num_bytes == LAYOUTS[0].num_trainable * dtype.itemsize
+    rings.close()

@@ -3,7 +3,7 @@ import torch
 
 from horizon.errors import CheckpointError
 from horizon.layout import ParamSpec, place_block
-from horizon.store import host
+from horizon.store import tiers
 from horizon.store.arena import HUGE_PAGE
 from horizon.store.host import HostStore
 from horizon.store.split import split_master
@@ -94,7 +94,7 @@ def test_a_wrong_shape_is_refused_with_both_shapes(store, shape):
 def test_when_one_state_does_not_fit_the_others_are_given_back(monkeypatch):
     closed = []
 
-    class Arena(host.Arena):
+    class Arena(tiers.Arena):
         def __init__(self, sizes, purpose, pin):
             if purpose == "exp_avg_sq":
                 raise MemoryError
@@ -105,7 +105,7 @@ def test_when_one_state_does_not_fit_the_others_are_given_back(monkeypatch):
             closed.append(self.purpose)
             super().close()
 
-    monkeypatch.setattr(host, "Arena", Arena)
+    monkeypatch.setattr(tiers, "Arena", Arena)
     with pytest.raises(MemoryError):
         HostStore(LAYOUTS, pin=False, pin_residual=False)
     assert closed == ["weights", "residual", "exp_avg"]

@@ -9,7 +9,7 @@ CUDA's caching allocator. Clocks are vector clocks: stream -> operations known t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,8 @@ class RecordedStreams(Streams):
     recorder: Recorder
 
     def __init__(self, recorder: Recorder):
-        super().__init__(torch.device("cpu"), *(RecordedStream(n, recorder) for n in ("compute", "fetch", "drain")))
+        roles = ("compute", "fetch", "drain", "update")
+        super().__init__(torch.device("cpu"), *(RecordedStream(role, recorder) for role in roles))
         object.__setattr__(self, "recorder", recorder)
 
     def running(self, stream: Any) -> AbstractContextManager[None]:
@@ -202,10 +203,15 @@ def _accessed(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[list[Tens
 
 
 class RecordedSink:
-    """Takes gradients as the optimizer does: reads them after their event, then writes the block's weights."""
+    """Takes gradients as the optimizer does: reads them after their event, then writes the block's weights.
 
-    def __init__(self, recorder: Recorder, gradients: list[Tensor], weights: list[list[Tensor]]):
-        self._recorder, self._gradients, self._weights = recorder, gradients, weights
+    Blocks in HBM are updated by kernels on compute, once all gradients have landed.
+    """
+
+    def __init__(
+        self, recorder: Recorder, gradients: list[Tensor], weights: list[list[Tensor]], in_hbm: Set[int] = frozenset()
+    ):
+        self._recorder, self._gradients, self._weights, self._in_hbm = recorder, gradients, weights, in_hbm
         self.landings: list[int] = []
 
     def turned(self, loss: Tensor, event: RecordedEvent) -> None:
@@ -215,11 +221,18 @@ class RecordedSink:
     def landed(self, block: int, event: RecordedEvent) -> None:
         self.landings.append(block)
         self._follow(event)
-        self._recorder.access("updater", "update", [self._gradients[block]], [s[block] for s in self._weights])
+        if block not in self._in_hbm:
+            self._update("updater", block)
 
     def finish(self) -> None:
-        """The host goes on when all updates are done."""
+        """The host goes on when all updates are done; those on compute it has given to the device."""
         self._recorder.merge("host", self._recorder.clock("updater"))
+        for block in sorted(self._in_hbm):
+            self._recorder.label("compute", f"update {block}")
+            self._update("compute", block)
+
+    def _update(self, stream: str, block: int) -> None:
+        self._recorder.access(stream, "update", [self._gradients[block]], [s[block] for s in self._weights])
 
     def _follow(self, event: RecordedEvent) -> None:
         event.waiters.append("updater")

@@ -8,7 +8,7 @@ exact.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +104,7 @@ class SimulatedStreams(Streams):
 
     def __init__(self, durations: Durations):
         clock = SimulatedClock()
-        super().__init__(torch.device("cpu"), *(SimulatedStream(clock) for _ in range(3)), Timeline(clock))
+        super().__init__(torch.device("cpu"), *(SimulatedStream(clock) for _ in range(4)), Timeline(clock))
         object.__setattr__(self, "clock", clock)
         object.__setattr__(self, "durations", durations)
         self.compute.watched = self.timeline
@@ -168,12 +168,13 @@ def simulate(
     offloaded: Sequence[int] = (),
     old_share: float = 0.0,
     recompute: Mapping[int, Recompute] | None = None,
+    in_hbm: Set[int] = frozenset(),
 ) -> tuple[StepTimeline, SimulatedStreams]:
     """One recorded step, from the end of the step before to its own."""
-    streams, store = SimulatedStreams(durations), filled_store(model)
+    streams, store = SimulatedStreams(durations), filled_store(model, in_hbm)
     store.ledger = SimulatedLedger(streams.clock, durations.published)  # type: ignore[assignment]
     executor = Executor(model, store, streams, ExecutorSettings(torch.bfloat16, weight_slots, head_chunk=64))
-    buffers = SimulatedBuffers(model.layouts, torch.bfloat16, pin=False)
+    buffers = SimulatedBuffers(model.layouts, torch.bfloat16, pin=False, in_hbm=in_hbm)
     buffers.clock, buffers.freed = streams.clock, durations.buffers
     executor.gradients = GradientSlots(streams, model.layouts, buffers)
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]

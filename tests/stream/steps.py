@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -36,8 +36,8 @@ def tiny_model(layers: int = 3, tied: bool = False, freeze: tuple[str, ...] = ()
     return BlockModel(build_skeleton(config), freeze)
 
 
-def filled_store(model: BlockModel) -> HostStore:
-    store = HostStore(model.layouts, pin=False, pin_residual=False)
+def filled_store(model: BlockModel, in_hbm: Set[int] = frozenset()) -> HostStore:
+    store = HostStore(model.layouts, pin=False, pin_residual=False, in_hbm=in_hbm)
     for name, value in init_parameters(model.skeleton):
         store.write_master(name, value)
     return store
@@ -57,6 +57,7 @@ def record_steps(
     compute_dtype: torch.dtype = torch.bfloat16,
     grad_dtype: torch.dtype = torch.float32,
     offloaded: Sequence[int] = (),
+    in_hbm: Set[int] = frozenset(),
     old_shares: Sequence[float] = (0.0,),
     recompute: Mapping[int, Recompute] | None = None,
     dropped: Site | None = None,
@@ -64,12 +65,12 @@ def record_steps(
     """Run one step per element of `old_shares`, weights updated in between; return what was seen."""
     recorder = Recorder(dropped)
     streams = RecordedStreams(recorder)
-    store = filled_store(model)
+    store = filled_store(model, in_hbm)
     executor = Executor(model, store, streams, ExecutorSettings(compute_dtype, weight_slots, head_chunk=64))
-    buffers = KeptGradients(model.layouts, grad_dtype, pin=False)
+    buffers = KeptGradients(model.layouts, grad_dtype, pin=False, in_hbm=in_hbm)
     executor.gradients = GradientSlots(streams, model.layouts, buffers, drain_slots)
     grads = [buffers.claim(lay.index) for lay in model.layouts]
-    sink = RecordedSink(recorder, grads, [store.weights, store.residual])
+    sink = RecordedSink(recorder, grads, [store.weights, store.residual], in_hbm)
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
     space = {key: [torch.empty(ROWS * TOKENS * HIDDEN * compute_dtype.itemsize, dtype=torch.uint8)] for key in keys}
     _name_memory(recorder, model, store, buffers, space, executor)

@@ -37,6 +37,26 @@ SCENARIOS = {
         "recompute": {2: Recompute.selective, 3: Recompute.none},
         "old_shares": (0.0, 0.0),
     },
+    "the embedding in HBM, a tied head that borrows it": lambda: {
+        "model": tiny_model(layers=2, tied=True),
+        "in_hbm": {0},
+        "old_shares": (0.0, 0.5, 0.0),
+    },
+    "some blocks in HBM, offloaded, a graph kept": lambda: {
+        "model": tiny_model(layers=3),
+        "num_micro_batches": 2,
+        "grad_dtype": torch.bfloat16,
+        "in_hbm": {0, 1, 3},
+        "offloaded": (1, 2),
+        "recompute": {3: Recompute.none},
+        "old_shares": (0.0, 0.5),
+    },
+    "all in HBM, tied, fp32": lambda: {
+        "model": tiny_model(layers=2, tied=True),
+        "compute_dtype": torch.float32,
+        "in_hbm": {0, 1, 2, 3},
+        "old_shares": (0.0, 0.5),
+    },
     "one slot, frozen blocks": lambda: {
         "model": tiny_model(layers=2, freeze=FROZEN),
         "weight_slots": 1,

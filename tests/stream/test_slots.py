@@ -151,3 +151,81 @@ def test_a_new_version_replaces_what_the_slots_hold(store):
     slots.begin([1], version=1)
     _, params = slots.acquire()
     assert torch.equal(params["v"], torch.full((7,), -1.0))
+
+
+# ---- blocks in HBM
+
+
+@pytest.fixture
+def placed():
+    store = HostStore(LAYOUTS, pin=False, pin_residual=False, in_hbm={1, 2})
+    for layout in LAYOUTS:
+        for param in layout.params:
+            store.write_master(param.name, torch.randn(param.spec.shape))
+    yield store
+    store.close()
+
+
+def test_in_bf16_a_block_in_hbm_is_computed_with_where_it_is(placed):
+    slots = weight_slots(placed, dtype=torch.bfloat16)
+    slots.begin([0, 1, 2, 3, 2, 1, 0], version=0)
+    for expected in (0, 1, 2, 3, 2, 1, 0):
+        block, params = slots.acquire()
+        assert block == expected
+        in_place = params["w"].untyped_storage().data_ptr() == placed.weights[block].untyped_storage().data_ptr()
+        assert in_place is (block in {1, 2})
+        for p in LAYOUTS[block].params:
+            assert torch.equal(params[p.spec.local_name].flatten(), placed.weights[block][p.offset : p.end])
+        slots.release()
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_in_fp32_a_block_in_hbm_is_joined_in_a_slot(placed, num):
+    slots = weight_slots(placed, num)
+    slots.begin([0, 1, 2, 3], version=0)
+    for block in range(4):
+        _, params = slots.acquire()
+        for param in LAYOUTS[block].params:
+            assert torch.equal(params[param.spec.local_name], placed.read_master(param.name))
+        if block == 3:
+            assert torch.equal(params["tied"], placed.read_master("b1.w"))
+        slots.release()
+
+
+@pytest.mark.parametrize("block", [1, 3], ids=["the block itself", "one that borrows from it"])
+def test_a_visit_waits_for_the_update_of_a_block_in_hbm(placed, block):
+    slots = weight_slots(placed, dtype=torch.bfloat16)
+    placed.ledger.publish(3, 1)
+    slots.begin([block], version=1)
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(slots.acquire()), daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert seen == []
+    placed.weights[1].fill_(3.0)  # the update that version 1 stands for
+    placed.ledger.publish(1, 1)
+    thread.join(5)
+    name = "w" if block == 1 else "tied"
+    assert seen[0][0] == block and float(seen[0][1][name][0, 0]) == 3.0
+
+
+def test_a_block_in_hbm_takes_part_in_the_cycle_of_states(placed):
+    slots = weight_slots(placed, dtype=torch.bfloat16)
+    slots.begin([1, 2], version=0)
+    slots.acquire()
+    with pytest.raises(RuntimeError, match="a walk begins while block 1 is in use"):
+        slots.begin([0], version=0)
+    slots.reset()
+    slots.begin([1], version=0)
+    assert slots.acquire()[0] == 1
+
+
+def test_slots_can_be_given_back_and_made_for_another_placement(placed):
+    slots = weight_slots(placed, dtype=torch.bfloat16)
+    slots.free()
+    placed.keep_in_hbm({0, 1, 2, 3})
+    slots.make()
+    assert all(slot.flat.numel() == 0 for slot in slots._slots)
+    slots.begin([3, 0], version=0)
+    _, params = slots.acquire()
+    assert params["tied"].data_ptr() == placed.weights[1].data_ptr()

@@ -52,6 +52,15 @@ def test_each_visit_is_one_bar_and_so_is_each_copy():
     assert {s.seconds for s in step.lane("H2D")} == {4} and {s.seconds for s in step.lane("D2H")} == {3}
 
 
+def test_blocks_in_hbm_cross_no_link():
+    step, _ = simulate(tiny_model(), Durations(kernel=10, fetch=4, drain=3), in_hbm={0, 1, 2})
+    assert lane(step, "H2D") == [("weights", 3), ("weights", 4)]
+    assert lane(step, "D2H") == [("gradient", 4), ("gradient", 3)]
+    assert totals(step) == {"arithmetic": WORK}
+    step, _ = simulate(tiny_model(), Durations(kernel=10, published={0: 30}), in_hbm={0, 1, 2, 3, 4})
+    assert totals(step) == {"arithmetic": WORK, "optimizer": 30}
+
+
 def test_a_load_that_had_to_wait_for_its_update_is_the_optimizers_fault():
     late = {block: 20 * (block + 1) for block in range(5)}
     step, _ = simulate(tiny_model(), Durations(kernel=10, fetch=4, drain=3, published=late))
@@ -313,6 +322,17 @@ def test_an_engines_steps_on_cpu(max_grad_norm):
         assert lane(step, "D2H") == [("gradient", b) for b in (4, 3, 2, 1, 0)]
     updated = {s.block for step in recording.steps for s in step.spans if s.lane.startswith("update")}
     assert updated == {0, 1, 2, 3, 4}
+
+
+def test_the_update_of_a_block_in_hbm_is_the_optimizers_time():
+    memory = horizon.MemoryConfig(hbm_blocks=2)
+    with horizon.Engine.from_config(SHAPE, device="cpu", self_check=False, memory=memory) as engine:
+        engine.step(BATCH)
+        with engine.trace() as recording:
+            engine.step(BATCH)
+    (step,) = recording.steps
+    assert [block for what, block in lane(step, "compute", Cause.optimizer) if what == "update"][-2:] == [0, 1]
+    assert {s.block for s in step.spans if s.lane.startswith("update")} <= {2, 3, 4}
 
 
 def test_a_forward_that_overtakes_the_update_waits_for_it_and_says_so(monkeypatch):

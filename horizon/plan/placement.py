@@ -1,0 +1,109 @@
+"""Which blocks' states live in device memory (`hbm`) and which on the host: pure arithmetic on layouts and budgets.
+
+A block in HBM is updated by the device, costs no transfer and no host memory. The order in which blocks get there:
+
+1. The embedding: last in the backward and first in the next forward, so its update on the host hides behind nothing.
+2. A head that borrows it: what it has of its own is next to nothing, and a slot of the embedding's size goes with it.
+3. The layers from the first upward: with exact clipping, host updates hide behind the forward of the blocks below.
+4. A head of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from horizon.config.schema import MemoryConfig, Policy
+from horizon.config.values import choice
+from horizon.errors import ConfigError
+from horizon.layout import BlockLayout
+from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines
+from horizon.units import GIB
+
+
+def unknown_activations(limits: Limits) -> int:
+    """Bytes of the device left for activations before the shape of a batch is known.
+
+    What moves to the host later costs less than what is allocated there first and moves to HBM.
+    """
+    return max(limits.device // 4, 16 * GIB)
+
+
+@dataclass(frozen=True, slots=True)
+class Placer:
+    """What the settings say of where blocks live; see `read_policy`."""
+
+    policy: Policy  # auto: activations first, and what they keep to be recomputed less, then states
+    num_blocks: int | None = None  # in HBM; None: the policy decides
+
+    @property
+    def moves(self) -> bool:
+        """Whether the placement follows what activations need."""
+        return self.policy is not Policy.dram and self.num_blocks is None
+
+    def place(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
+        """`needs` with the blocks that go to HBM when `reserve` bytes of the device are left for activations."""
+        if self.num_blocks is not None:
+            return replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks))
+        if self.policy is Policy.dram:
+            return replace(needs, in_hbm=frozenset())
+        return replace(needs, in_hbm=choose_placement(needs, limits, reserve))
+
+    def make_room(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
+        """As `place`, but no block moves to HBM that is not there already."""
+        return replace(needs, in_hbm=needs.in_hbm & self.place(needs, limits, reserve).in_hbm)
+
+
+def read_policy(memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int) -> Placer:
+    """The settings, checked; on CPU, where HBM would be the same memory, `auto` is `dram`.
+
+    Args:
+        can_update: the device can update blocks in its memory.
+        num_blocks: of the model.
+
+    Raises:
+        ConfigError: they contradict each other or the machine.
+    """
+    policy, wanted = choice(Policy, memory.policy, "memory.policy"), memory.hbm_blocks
+    if wanted is not None and not 0 <= wanted <= num_blocks:
+        raise ConfigError(f"memory.hbm_blocks={wanted}: expected null, or 0 to {num_blocks}, the model's blocks")
+    if wanted and policy is Policy.dram:
+        raise ConfigError(f"memory.hbm_blocks={wanted} with memory.policy=dram, which has none there; use auto")
+    if (wanted or policy is Policy.hbm_first) and not can_update:
+        raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
+    if policy is Policy.auto and (device.type == "cpu" or not can_update):
+        policy = Policy.dram
+    return Placer(policy, wanted)
+
+
+def preference(layouts: Sequence[BlockLayout]) -> list[int]:
+    """All blocks in the order in which they move to HBM; a block comes after those that it borrows from."""
+    embedding, *layers, head = (lay.index for lay in layouts)
+    return [embedding, head, *layers] if layouts[head].borrowed else [embedding, *layers, head]
+
+
+def first_blocks(layouts: Sequence[BlockLayout], num_blocks: int) -> frozenset[int]:
+    """The `num_blocks` blocks that come first."""
+    return frozenset(preference(layouts)[:num_blocks])
+
+
+def choose_placement(needs: MemoryNeeds, limits: Limits, reserve: int) -> frozenset[int]:
+    """The blocks that go to HBM when `reserve` bytes of the device are left for activations.
+
+    As many as fit. More, should the host have no room for the others; whether the device then has, the plan decides.
+    """
+    num_blocks = len(needs.layouts)
+    placed = [replace(needs, in_hbm=first_blocks(needs.layouts, num)) for num in range(num_blocks + 1)]
+    fits = [num for num, option in enumerate(placed) if tier_bytes(option, "device") + reserve <= limits.device]
+    allowed = [num for num, option in enumerate(placed) if tier_bytes(option, "host") <= limits.host]
+    best, least = max(fits, default=0), min(allowed, default=0)
+    if least > best and tier_bytes(placed[least], "device") <= limits.device:
+        best = least
+    return placed[best].in_hbm
+
+
+def tier_bytes(needs: MemoryNeeds, tier: str) -> int:
+    """The fixed bytes of a tier."""
+    return sum(line.num_bytes for line in fixed_lines(needs) if line.tier == tier)
