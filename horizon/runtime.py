@@ -18,12 +18,13 @@ from torch import Tensor
 
 from horizon.checkpoint.hf_import import import_weights
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
-from horizon.errors import BudgetError, ConfigError, HorizonError
+from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.models.skeleton import init_parameters
 from horizon.optim.adamw import AdamW
-from horizon.optim.apply import KeptUpdates, StreamedUpdates
+from horizon.optim.clipping import Clipping
+from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.optim.updater import Updater, UpdateStates
 from horizon.plan.machine import (
@@ -60,21 +61,16 @@ HEAD_CHUNK_BYTES = 1024 * MIB  # fp32 logits that exist at once
 
 
 class Runtime:
-    """See `build_runtime`; the engine is its only user.
-
-    Attributes:
-        version: optimizer steps that the weights have seen, those still under way included.
-    """
+    """See `build_runtime`; the engine is its only user."""
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, optimizer: AdamW, device: torch.device,
-        num_threads: int,
+        num_threads: int, clipping: Clipping,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs = needs
         self._pin = device.type == "cuda"
         self._working: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
-        self.version = 0
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(_lift_device_limit, device)
             _limit_device(device, plan.limits.device)
@@ -96,9 +92,16 @@ class Runtime:
             )
             release.callback(self._updater.close)
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
-            self._kept = KeptUpdates(self._updater)
-            self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
+            self._steps = Steps(
+                lambda: self.executor, self._updater, self.store.ledger, clipping, norms=self.gradient_norms,
+                release=self._published, kept=needs.keeps_gradients, weight_decay=optimizer.weight_decay,
+            )  # fmt: skip
             self._release = release.pop_all()
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen, those still under way included."""
+        return self._steps.version
 
     @property
     def keeps_gradients(self) -> bool:
@@ -119,36 +122,17 @@ class Runtime:
 
     # ---- a step
 
-    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> Tensor:
-        """Forward and backward; without clipping also the updates, hence the next version. Gives the device's loss."""
-        if self.buffers.kept:
-            return self.accumulate(batches, seed, 0.0, loss_fn)
-        boundaries, step = self._boundaries(batches, borrow=False), self.version + 1
-        self._streamed.begin(step, lr)
-        try:
-            loss = self.executor.train(batches, self.version, boundaries, self._streamed, seed=seed, loss_fn=loss_fn)
-            self._streamed.finish()
-            self.raise_if_failed()
-            if self._streamed.num_updates:
-                self.version = step
-        except BaseException as error:
-            self._abandon(step, error)
-            raise
-        return loss
+    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
+        """A whole step: forward, backward, and the update, which may run on behind."""
+        return self._steps.run(batches, lambda: self._boundaries(batches, self.buffers.kept), lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        boundaries = self._boundaries(batches, borrow=old_share == 0)
-        loss = self.executor.train(
-            batches, self.version, boundaries, self._kept, seed=seed, old_share=old_share, loss_fn=loss_fn
-        )
-        self._kept.wait()
-        return loss
+        return self._steps.accumulate(batches, self._boundaries(batches, old_share == 0), seed, old_share, loss_fn)
 
-    def apply(self, lr: float, grad_scale: float) -> None:
-        """Update all blocks from kept gradients."""
-        self._kept.apply(self.version + 1, lr, grad_scale)
-        self.version += 1
+    def apply(self, lr: float, loss: float) -> StepOutcome:
+        """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
+        return self._steps.apply(lr, loss)
 
     def fail(self, error: BaseException) -> None:
         """The weights are of no use any more: whatever is asked next raises `error`."""
@@ -216,6 +200,7 @@ class Runtime:
             self.fail(error)  # the old ones are gone
             raise
         self.plan, self._needs = plan, needs
+        self._steps.keep_gradients()
 
     def guarded(self, work: Callable[[], T]) -> T:
         """Run device work; whatever fails, wait for what is in flight and forget the step."""
@@ -255,17 +240,6 @@ class Runtime:
     def close(self) -> None:
         """Stop the threads, then release memory. Idempotent."""
         self._release.close()
-
-    def _abandon(self, step: int, error: BaseException) -> None:
-        """A step whose updates begin inside has failed: nothing of it may be left, or the weights are lost."""
-        self._streamed.finish()
-        if num_updates := self._streamed.num_updates:
-            self.fail(
-                HorizonError(
-                    f"step {step} failed when {num_updates} of {self.model.num_blocks} blocks had been updated "
-                    f"({error!r}): load the last saved model; with optim.max_grad_norm set such a step can be repeated"
-                )
-            )
 
     def _boundaries(self, batches: Sequence[MicroBatch], borrow: bool) -> Boundaries:
         shapes = [b.shape for b in batches]
@@ -329,6 +303,7 @@ def build_runtime(
     freeze: Sequence[str],
     keeps_gradients: bool,
     kernels: Kernels,
+    clipping: Clipping,
 ) -> Runtime:
     """Plan, allocate and load an engine's parts.
 
@@ -351,7 +326,7 @@ def build_runtime(
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads)
+    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads, clipping)
     try:
         runtime.load(weights, seed)
     except BaseException:

@@ -26,8 +26,11 @@ class GradientSink(Protocol):
     def turned(self, loss: Tensor, event: Event) -> None:
         """The forward is over: after `event` the step's loss is in `loss`, a host scalar. No gradient landed before."""
 
-    def landed(self, block: int, event: Event) -> None:
-        """After `event` the block's whole gradient is in its host buffer."""
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        """After `event` the block's whole gradient is in its host buffer, and in `norms` each parameter's L2 norm.
+
+        `norms`: fp32 [trainable parameters] on the host, valid until the block's next gradient.
+        """
 
 
 @dataclass(slots=True)
@@ -75,6 +78,8 @@ class GradientSlots:
         self._partial: dict[int, dict[tuple[int, int], _Partial]] = {}  # by owner and host range
         self._first_norm = _first_norms(layouts)
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
+        pin = streams.device.type == "cuda"
+        self._host_norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, pin_memory=pin)
         self._turn = 0
         self._block = -1
         self._target = self._slots[0].flat
@@ -159,11 +164,14 @@ class GradientSlots:
     def _drain(self, block: int, slot: _DrainSlot, sink: GradientSink) -> None:
         drain = self._streams.drain
         drain.wait_event(self._streams.compute.record_event())
+        own = slice(self._first_norm[block], self._first_norm[block + 1])
+        if self._layouts[block].num_trainable:
+            self._streams.copy(drain, self._host_norms[own], self.norms[own])
         for span in self._spans[block]:
             self._streams.copy(drain, self._buffers.claim(span.owner)[span.host], slot.flat[span.start : span.end])
         slot.drained = drain.record_event()
         if self._layouts[block].num_trainable:
-            sink.landed(block, slot.drained)
+            sink.landed(block, slot.drained, self._host_norms[own])
         for span in self._spans[block]:
             if span.owner != block:
                 parts = self._partial.setdefault(span.owner, {})

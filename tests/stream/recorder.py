@@ -212,10 +212,10 @@ class RecordedSink:
         self._follow(event)
         self._recorder.access("updater", "read of the loss", [loss], [])
 
-    def landed(self, block: int, event: RecordedEvent) -> None:
+    def landed(self, block: int, event: RecordedEvent, norms: Tensor) -> None:
         self.landings.append(block)
         self._follow(event)
-        self._recorder.access("updater", "update", [self._gradients[block]], [s[block] for s in self._weights])
+        self._recorder.access("updater", "update", [self._gradients[block], norms], [s[block] for s in self._weights])
 
     def finish(self) -> None:
         """The host goes on when all updates are done."""
