@@ -20,6 +20,7 @@ from horizon.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model, skeleton_from_instance
 from horizon.optim.adamw import AdamW
+from horizon.optim.clipping import Clipping
 from horizon.runtime import Runtime, build_runtime
 from horizon.stream.batch import to_micro_batches
 
@@ -146,6 +147,7 @@ def _streamed(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Te
         runtime = build_runtime(
             skeleton_from_instance(model), model, optimizer=AdamW(), memory=MemoryConfig(), device="cpu",
             compute_dtype=ComputeDtype.float32, seed=0, freeze=(), keeps_gradients=True, kernels=Kernels.torch,
+            clipping=Clipping(),
         )  # fmt: skip
         try:
             batches = to_micro_batches(batch, runtime.device, runtime.model.vocab_size)

@@ -14,19 +14,20 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from horizon.check import ensure_supported
 from horizon.checkpoint.hf_export import Tokenizer, export_model
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, OnNonFinite
+from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
 from horizon.models.skeleton import open_model
 from horizon.optim.adamw import AdamW
-from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
+from horizon.optim.clipping import LAGGED_NOTE, Clipping
+from horizon.optim.steps import StepOutcome
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
@@ -36,6 +37,7 @@ from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro
 from horizon.stream.head import LossFn
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -63,13 +65,13 @@ class Engine:
         runtime: Runtime,
         *,
         lr: float,
-        max_grad_norm: float | None,
+        clipping: Clipping,
         seed: int,
         on_nonfinite: OnNonFinite,
     ):
         self._runtime = runtime
         self.lr = lr
-        self._max_grad_norm, self._seed, self._on_nonfinite = max_grad_norm, seed, on_nonfinite
+        self._clipping, self._seed, self._on_nonfinite = clipping, seed, on_nonfinite
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
         self._waiting = _Waiting()
         self._has_gradients = False
@@ -89,6 +91,7 @@ class Engine:
         seed: int = 0,
         freeze: Sequence[str] = (),
         on_nonfinite: str = "stop",
+        clip: str = "exact",
         revision: str | None = None,
         trust_remote_code: bool = False,
         self_check: bool = True,
@@ -107,14 +110,17 @@ class Engine:
             seed: of random weights and dropout.
             freeze: parameter name patterns that are not trained.
             on_nonfinite: "stop" raises at a NaN loss or gradient, "skip" drops the step.
+            clip: "exact" updates when the norm is known; "speculative" begins before, and where the norm then clips,
+                takes back what it did, up to rounding; "lagged" clips to the norm of the step before.
             self_check: compare a tiny model of the same architecture, streamed, with plain autograd first.
 
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        check_max_grad_norm(max_grad_norm)
+        clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
         on_bad = choice(OnNonFinite, on_nonfinite, "on_nonfinite")
         optimizer = settings(AdamW, optimizer, "optimizer")
+        clipping.check(optimizer, on_bad)
         memory = settings(MemoryConfig, memory, "memory")
         dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
         frozen = patterns(freeze, "freeze")
@@ -122,18 +128,13 @@ class Engine:
         if self_check:
             ensure_supported(skeleton.config, trust_remote_code)
         runtime = build_runtime(
-            skeleton,
-            weights,
-            optimizer=optimizer,
-            memory=memory,
-            device=device,
-            compute_dtype=dtype,
-            kernels=kernel_kind,
-            seed=seed,
-            freeze=frozen,
-            keeps_gradients=max_grad_norm is not None or on_bad is OnNonFinite.skip,
-        )
-        return cls(runtime, lr=optimizer.lr, max_grad_norm=max_grad_norm, seed=seed, on_nonfinite=on_bad)
+            skeleton, weights, optimizer=optimizer, memory=memory, device=device, compute_dtype=dtype, seed=seed,
+            kernels=kernel_kind, freeze=frozen, clipping=clipping,
+            keeps_gradients=clipping.keeps_gradients or on_bad is OnNonFinite.skip,
+        )  # fmt: skip
+        if clipping.mode is Clip.lagged:
+            logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
+        return cls(runtime, lr=optimizer.lr, clipping=clipping, seed=seed, on_nonfinite=on_bad)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
@@ -167,8 +168,8 @@ class Engine:
         if self._waiting.num_tokens:
             raise BatchError("step while gradients of forward_backward wait; call optimizer_step first")
         batches, step = self._prepare(batch, loss_fn is None), self.num_steps + 1
-        loss = self._run_pass(lambda seed: self._runtime.run_step(batches, self.lr, seed, loss_fn))
-        return self._apply(step, float(loss), batches, num_trained_tokens(batches), started)
+        outcome = self._run_pass(lambda seed: self._runtime.run_step(batches, self.lr, seed, loss_fn))
+        return self._result(step, outcome, batches, num_trained_tokens(batches), started)
 
     def forward_backward(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """Forward and backward without an update: adds to the gradients that `optimizer_step` applies.
@@ -211,7 +212,8 @@ class Engine:
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
         waiting, self._waiting = self._waiting, _Waiting()
-        return self._apply(self.num_steps + 1, waiting.loss, waiting.batches, waiting.num_tokens, started)
+        step, outcome = self.num_steps + 1, self._runtime.apply(self.lr, waiting.loss)
+        return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """The loss without gradients: mean over trained tokens (dropout off)."""
@@ -352,26 +354,24 @@ class Engine:
         runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
         return batches
 
-    def _run_pass(self, work: Callable[[int], Tensor]) -> Tensor:
+    def _run_pass(self, work: Callable[[int], T]) -> T:
         """Run `work(seed of the dropout masks)`, one backward pass; if it fails, the gradients on the host are void."""
         try:
-            loss = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
+            found = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
         except BaseException:
             self._has_gradients, self._waiting = False, _Waiting()
             raise
         self._num_passes += 1
-        return loss
+        return found
 
-    def _apply(self, step: int, loss: float, batches: list[MicroBatch], num_tokens: int, started: float) -> StepResult:
-        norm = global_norm(self._runtime.gradient_norms())
-        skipped = not (math.isfinite(loss) and math.isfinite(float(norm)))
-        if skipped:
-            self._drop(step, loss, batches)
-        elif self._runtime.keeps_gradients:
-            self._runtime.apply(self.lr, clip_scale(norm, self._max_grad_norm))
-        self._has_gradients = self._runtime.keeps_gradients and not skipped
+    def _result(
+        self, step: int, outcome: StepOutcome, batches: list[MicroBatch], num_tokens: int, started: float
+    ) -> StepResult:
+        if outcome.applied is None:
+            self._drop(step, outcome.loss, batches)
+        self._has_gradients = self._runtime.keeps_gradients and outcome.applied is not None
         self._runtime.streams.timeline.end_step()
-        return StepResult(loss, float(norm), num_tokens, time.perf_counter() - started, skipped)
+        return outcome.result(num_tokens, time.perf_counter() - started)
 
     def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
         """Say why a step is not finite, and raise unless such steps are skipped."""
@@ -381,10 +381,11 @@ class Engine:
             logger.warning("%s; the step is skipped", message)
             return
         if self.num_steps < step:
-            raise NonFiniteError(f"{message}; set on_nonfinite=skip to drop such steps (train.on_nonfinite)")
+            remedy = "on_nonfinite=skip" + (" and clip=exact" if self._clipping.mode is Clip.lagged else "")
+            raise NonFiniteError(f"{message}; set {remedy} to drop such steps (train.on_nonfinite)")
         error = NonFiniteError(
-            f"{message}; without clipping the blocks were updated before that was known: load the last saved model and "
-            "set max_grad_norm or on_nonfinite=skip (optim.max_grad_norm, train.on_nonfinite)"
+            f"{message}; blocks were updated before that was known: load the last saved model and set max_grad_norm "
+            "with clip=exact, or on_nonfinite=skip (optim.max_grad_norm, optim.clip, train.on_nonfinite)"
         )
         self._runtime.fail(error)
         raise error

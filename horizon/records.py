@@ -14,6 +14,8 @@ class StepResult:
     num_tokens: int  # trained tokens
     seconds: float
     skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
+    clip_scale: float = 1.0  # what the gradients were multiplied by; below 1: clipped
+    corrected_blocks: int = 0  # clip=speculative: updated as if nothing were clipped, and then again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

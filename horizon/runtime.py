@@ -20,12 +20,13 @@ from torch import Tensor
 from horizon.checkpoint.hf_import import load_weights
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy, Recompute
 from horizon.config.values import choice
-from horizon.errors import BudgetError, ConfigError, HorizonError
+from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
-from horizon.optim.apply import KeptUpdates, StreamedUpdates
+from horizon.optim.clipping import Clipping
 from horizon.optim.device import StateTensors, can_update, make_updater
+from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.machine import (
@@ -45,7 +46,7 @@ from horizon.plan.traffic import least_traffic
 from horizon.report.recording import Recording, record_steps
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
-from horizon.stream.activations import Activations
+from horizon.stream.activations import Activations, StepSpace
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
@@ -59,22 +60,17 @@ HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in
 
 
 class Runtime:
-    """See `build_runtime`; the engine is its only user.
-
-    Attributes:
-        version: optimizer steps that the weights have seen, those still under way included.
-    """
+    """See `build_runtime`; the engine is its only user."""
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
-        device: torch.device, num_threads: int, recompute: Recompute,
+        device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs, self._placer, self._reserve = needs, placer, unknown_activations(plan.limits)
         self._placed_for: Shapes = []
         self._optimizer, self._num_threads = optimizer, num_threads
         self._pin = device.type == "cuda"
-        self.version = 0
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
@@ -97,6 +93,11 @@ class Runtime:
             self._start_updater(needs)
             release.callback(lambda: self._updater.close())
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
+            self._steps = Steps(
+                lambda: self.executor, self._updater, self.streams, self.store.ledger, clipping,
+                norms=self.gradient_norms, release=lambda block: self.buffers.release(block),
+                kept=needs.keeps_gradients, weight_decay=optimizer.weight_decay,
+            )  # fmt: skip
             self._release = release.pop_all()
 
     def _start_updater(self, needs: MemoryNeeds) -> None:
@@ -104,8 +105,11 @@ class Runtime:
             self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
             self.streams, lambda block: self.buffers.release(block),
         )  # fmt: skip
-        self._kept = KeptUpdates(self._updater)
-        self._streamed = StreamedUpdates(self._updater, self.buffers, self.store.ledger)
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen, those still under way included."""
+        return self._steps.version
 
     @property
     def keeps_gradients(self) -> bool:
@@ -118,52 +122,17 @@ class Runtime:
 
     # ---- a step
 
-    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> Tensor:
-        """Forward and backward; without clipping also the updates, hence the next version. Gives the device's loss."""
-        if self.buffers.kept:
-            return self.accumulate(batches, seed, 0.0, loss_fn)
-        planned, step = self._plan_step([b.shape for b in batches], borrow=False), self.version + 1
-        boundaries = self._activations.boundaries(planned, _num_tokens(batches), [])
-        self._streamed.begin(step, lr)
-        try:
-            loss = self.executor.train(
-                batches,
-                self.version,
-                boundaries,
-                self._streamed,
-                seed=seed,
-                recompute=planned.recompute,
-                loss_fn=loss_fn,
-            )
-            with self.streams.waiting(Cause.link, "last gradient"):
-                self._streamed.finish()
-            self.raise_if_failed()
-            if self._streamed.num_updates:
-                self.version = step
-        except BaseException as error:
-            self._abandon(step, error)
-            raise
-        return loss
+    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
+        """A whole step: forward, backward, and the update, which may run on behind."""
+        return self._steps.run(batches, lambda: self._space(batches, self.buffers.kept), lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        borrow = old_share == 0
-        planned = self._plan_step([b.shape for b in batches], borrow)
-        idle = self._idle_bytes(self._needs, borrow)
-        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
-        boundaries = self._activations.boundaries(planned, _num_tokens(batches), buffers)
-        loss = self.executor.train(
-            batches, self.version, boundaries, self._kept, seed=seed, recompute=planned.recompute, old_share=old_share,
-            loss_fn=loss_fn,
-        )  # fmt: skip
-        with self.streams.waiting(Cause.link, "last gradient"):
-            self._kept.wait()
-        return loss
+        return self._steps.accumulate(batches, self._space(batches, old_share == 0), seed, old_share, loss_fn)
 
-    def apply(self, lr: float, grad_scale: float) -> None:
-        """Update all blocks from kept gradients."""
-        self._kept.apply(self.version + 1, lr, grad_scale)
-        self.version += 1
+    def apply(self, lr: float, loss: float) -> StepOutcome:
+        """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
+        return self._steps.apply(lr, loss)
 
     def fail(self, error: BaseException) -> None:
         """The weights are of no use any more: whatever is asked next raises `error`."""
@@ -242,6 +211,7 @@ class Runtime:
                 self.buffers = make_buffers(needs, self._pin, self.device)
             self.executor.make_slots(self.buffers)
             self._start_updater(needs)
+            self._steps.use_updater(self._updater, needs.keeps_gradients)
         except BaseException as error:
             self.fail(error)  # what was on its way is lost
             raise
@@ -295,16 +265,11 @@ class Runtime:
         """Stop the threads, then release memory. Idempotent."""
         self._release.close()
 
-    def _abandon(self, step: int, error: BaseException) -> None:
-        """A step whose updates begin inside has failed: nothing of it may be left, or the weights are lost."""
-        self._streamed.finish()
-        if num_updates := self._streamed.num_updates:
-            self.fail(
-                HorizonError(
-                    f"step {step} failed when {num_updates} of {self.model.num_blocks} blocks had been updated "
-                    f"({error!r}): load the last saved model; with optim.max_grad_norm set such a step can be repeated"
-                )
-            )
+    def _space(self, batches: Sequence[MicroBatch], borrow: bool) -> StepSpace:
+        planned = self._plan_step([b.shape for b in batches], borrow)
+        idle = self._idle_bytes(self._needs, borrow)
+        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
+        return StepSpace(self._activations.boundaries(planned, _num_tokens(batches), buffers), planned.recompute)
 
     def _plan_step(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
         """Where the activations of micro-batches of these (rows, tokens) go; `plan` then includes them."""
@@ -361,6 +326,7 @@ def build_runtime(
     freeze: Sequence[str],
     keeps_gradients: bool,
     kernels: Kernels,
+    clipping: Clipping,
 ) -> Runtime:
     """Plan, allocate and load an engine's parts.
 
@@ -386,7 +352,8 @@ def build_runtime(
     needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
     placer = read_policy(memory, target, can_update(target), model.num_blocks)
     needs = placer.place(needs, limits, unknown_activations(limits))
-    runtime = Runtime(model, plan_memory(needs, limits), needs, placer, optimizer, target, num_threads, recompute)
+    plan = plan_memory(needs, limits)
+    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping)
     try:
         runtime.load(weights, seed)
     except BaseException:

@@ -49,6 +49,12 @@ class Policy(StrEnum):
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
 
 
+class Clip(StrEnum):
+    exact = "exact"  # every update waits for the step's gradient norm
+    speculative = "speculative"  # updates begin inside the backward; where the norm says otherwise, they are taken back
+    lagged = "lagged"  # updates inside the backward, scaled by the norm of the step before: not exact
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -86,6 +92,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
     max_grad_norm: float | None = 1.0  # null: no clipping
+    clip: Clip = Clip.exact  # when the update begins: exact | speculative | lagged
     schedule: LrSchedule = LrSchedule.cosine
     warmup_steps: int = 20
     min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio

@@ -1,16 +1,16 @@
 """The optimizer: AdamW on the split master, applied by host threads block after block."""
 
 from horizon.optim.adamw import AdamW
-from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
+from horizon.optim.clipping import Clipping, clip_scale, global_norm
 from horizon.optim.schedule import learning_rate
 from horizon.optim.threads import default_num_threads
 from horizon.optim.updater import Updater, UpdateStates
 
 __all__ = [
     "AdamW",
+    "Clipping",
     "UpdateStates",
     "Updater",
-    "check_max_grad_norm",
     "clip_scale",
     "default_num_threads",
     "global_norm",

@@ -1,114 +1,206 @@
-"""How gradients become updates: after the global norm is known, or block by block as they land.
+"""How gradients become updates: one sink for each way to clip.
 
-Both are sinks the executor sends gradients to. `KeptUpdates` (exact clipping, accumulation) remembers when the last
-gradient has landed and updates all blocks once the norm is known, ahead of the next forward. `StreamedUpdates`
-(no clipping) updates a block while the backward of the blocks below is still running, and gives its gradient
-buffer back to the ring.
+The executor sends a step's gradients to one of them:
+
+- `KeptUpdates` (exact clipping, accumulation) has all wait on the host and updates every block once the norm is known,
+  ahead of the next forward.
+- `StreamedUpdates` (no clipping, lagged clipping) updates a block while the backward of the blocks below is still
+  running, and gives its gradient buffer back to the ring.
+- `SpeculativeUpdates` does the same with gradients that are kept, and makes it good where the norm says otherwise.
 """
 
 from __future__ import annotations
 
-import math
-import queue
-import threading
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from horizon.errors import HorizonError
+from horizon.optim.clipping import clip_scale
 from horizon.optim.device import TieredUpdater
+from horizon.optim.landings import Landings
+from horizon.optim.speculation import Speculation
 from horizon.optim.updater import Updater
-from horizon.store.gradients import GradientBuffers
 from horizon.store.ledger import Ledger
+from horizon.stream.gradients import GradientSink
 from horizon.stream.streams import Event
 
-Landings: TypeAlias = "queue.SimpleQueue[tuple[int, Event] | None]"  # None: the end
+
+class Applied(NamedTuple):
+    """How a step's gradients were applied."""
+
+    scale: float  # that they were multiplied by; below 1: clipped
+    corrected_blocks: int = 0  # that were updated with another scale first
+
+
+class Updates(GradientSink, Protocol):
+    """A sink, and what becomes of the gradients that it was sent."""
+
+    def begin(self, step: int, lr: float, last_norm: Tensor | None) -> None:
+        """The gradients from now on are those of `step`; `last_norm`: of the step before, if there was one."""
+
+    def finish(self) -> None:
+        """No gradient of this step will follow; returns when all are on the host or taken."""
+
+    def settle(self, norm: Tensor) -> Applied:
+        """Bring the update of all blocks under way, `norm` being that of all gradients; returns at once.
+
+        The ledger tells when each block is done.
+        """
+
+    def drop(self) -> int:
+        """End the step without its update; returns when blocks have their old states again.
+
+        Returns:
+            the number of blocks that keep it all the same.
+        """
 
 
 class KeptUpdates:
-    """Gradients wait on the host until `apply`."""
+    """Gradients wait on the host until `settle`."""
 
-    def __init__(self, updater: Updater | TieredUpdater):
-        self._updater = updater
+    def __init__(self, updater: Updater | TieredUpdater, max_norm: float | None) -> None:
+        self._updater, self._max_norm = updater, max_norm
         self._last: Event | None = None
+        self._step, self._lr = 0, 0.0
+        self._num_updates = 0
+
+    def begin(self, step: int, lr: float, last_norm: Tensor | None) -> None:
+        self._step, self._lr, self._num_updates = step, lr, 0
 
     def turned(self, loss: Tensor, event: Event) -> None:
         """The loss is looked at with the norm, at the end of the step."""
 
-    def landed(self, block: int, event: Event) -> None:
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
         """Blocks drain in order on one stream, so the last event covers all."""
         self._last = event
 
-    def wait(self) -> None:
-        """Return when all gradients are on the host."""
+    def finish(self) -> None:
         if self._last is not None:
             self._last.synchronize()
 
-    def apply(self, step: int, lr: float, grad_scale: float) -> None:
-        """Start the update of all blocks and return at once; the ledger tells when each is done."""
-        self._updater.submit(step, lr, grad_scale)
+    def settle(self, norm: Tensor) -> Applied:
+        scale = clip_scale(norm, self._max_norm)
+        self._num_updates = self._updater.num_blocks
+        self._updater.submit(self._step, self._lr, scale)
+        return Applied(scale)
+
+    def drop(self) -> int:
+        return self._num_updates
 
 
 class StreamedUpdates:
-    """Updates each block as soon as its gradient has landed, on a thread that waits for the events.
+    """Updates each block as soon as its gradient has landed; `release` gives a buffer back that needs no update.
 
-    Nothing is updated before the step's loss is known to be finite; a step with another loss is dropped whole.
+    The scale is made from the norm of the step before, where there is a maximum. Nothing is updated before the step's
+    loss is known to be finite; a step with another loss is dropped whole.
     """
 
-    def __init__(self, updater: Updater | TieredUpdater, buffers: GradientBuffers, ledger: Ledger) -> None:
-        self._updater, self._buffers, self._ledger = updater, buffers, ledger
-        self._landings: Landings = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._loss: tuple[Tensor, Event] | None = None
-        self.num_updates = 0  # of the step begun last; final after `finish`
+    def __init__(
+        self, updater: Updater | TieredUpdater, ledger: Ledger, release: Callable[[int], None], max_norm: float | None
+    ) -> None:
+        self._updater, self._max_norm = updater, max_norm
+        self._landings = Landings(ledger, self._update, release)
+        self._step, self._lr, self._scale = 0, 0.0, 1.0
+        self._num_updates = 0
 
-    def begin(self, step: int, lr: float) -> None:
-        """Take the gradients that land from now on as those of `step`."""
-        self._landings = queue.SimpleQueue()  # a new one: nothing that a failed step left is taken for this one's
-        self._loss, self.num_updates = None, 0
-        thread = threading.Thread(
-            target=self._watch, args=(self._landings, step, lr), name="horizon-landings", daemon=True
-        )
-        thread.start()
-        self._thread = thread
+    def begin(self, step: int, lr: float, last_norm: Tensor | None) -> None:
+        if self._max_norm is not None:
+            if last_norm is None:
+                raise RuntimeError("lagged clipping needs the norm of a step before the first")
+            self._scale = clip_scale(last_norm, self._max_norm)
+        self._step, self._lr, self._num_updates = step, lr, 0
+        self._landings.begin(step)
 
     def turned(self, loss: Tensor, event: Event) -> None:
-        """`loss` (a host scalar) is valid after `event`; called before any gradient lands."""
-        self._loss = loss, event
+        self._landings.turned(loss, event)
 
-    def landed(self, block: int, event: Event) -> None:
-        """Hand the block to the watching thread."""
-        self._landings.put((block, event))
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        self._landings.landed(block, event, norms)
 
     def finish(self) -> None:
-        """No gradient of this step will follow; returns when all of them were taken. May be called again."""
-        if self._thread is not None:
-            self._landings.put(None)
-            self._thread.join()
-            self._thread = None
+        self._landings.finish()
 
-    def _watch(self, landings: Landings, step: int, lr: float) -> None:
-        while (landing := landings.get()) is not None:
-            block, event = landing
-            try:
-                self._take(block, event, step, lr)
-            except BaseException as error:  # whoever waits for a version or a buffer must hear of it
-                failure = HorizonError(f"the gradient of block {block} at step {step} did not land: {error!r}")
-                failure.__cause__ = error
-                self._ledger.fail(failure)
-                return
+    def settle(self, norm: Tensor) -> Applied:
+        return Applied(self._scale)
 
-    def _take(self, block: int, event: Event, step: int, lr: float) -> None:
-        event.synchronize()
-        if self._loss_is_finite():
-            self._updater.submit_block(block, step, lr)
-            self.num_updates += 1
-        else:
-            self._buffers.release(block)
+    def drop(self) -> int:
+        self._landings.finish()
+        return self._num_updates
 
-    def _loss_is_finite(self) -> bool:
-        if self._loss is None:
-            return False  # the forward failed
-        loss, event = self._loss
-        event.synchronize()
-        return math.isfinite(float(loss))
+    def _update(self, block: int, norms: Tensor) -> None:
+        self._updater.submit_block(block, self._step, self._lr, self._scale)
+        self._num_updates += 1
+
+
+class SpeculativeUpdates:
+    """Updates each block as soon as its gradient has landed, as if nothing would be clipped; `settle` knows better.
+
+    It does so only where that is likely: when the step before was not clipped, and as long as the gradients so far
+    have no larger norm than is allowed. Otherwise blocks wait for the norm, as with `KeptUpdates`; blocks in HBM always
+    do, for their update takes no time to speak of.
+    """
+
+    def __init__(self, updater: Updater | TieredUpdater, ledger: Ledger, max_norm: float, weight_decay: float) -> None:
+        self._device = updater.device if isinstance(updater, TieredUpdater) else None
+        self._speculation = Speculation(updater.host if isinstance(updater, TieredUpdater) else updater)
+        self._landings = Landings(ledger, self._take, lambda block: None)
+        self._max_norm, self._weight_decay = max_norm, weight_decay
+        self._hopeful = False  # that the step will not be clipped
+        self._square = 0.0  # of the norm of the gradients so far
+        self._step, self._lr = 0, 0.0
+        self._num_on_device = 0  # blocks updated there
+
+    def begin(self, step: int, lr: float, last_norm: Tensor | None) -> None:
+        self._step, self._lr, self._num_on_device = step, lr, 0
+        self._speculation.begin(step, lr)
+        calm = last_norm is not None and clip_scale(last_norm, self._max_norm) == 1
+        self._hopeful = calm and lr * self._weight_decay <= 0.5  # else little of a weight may be left to be given back
+        self._square = 0.0
+        self._landings.begin(step)
+
+    def turned(self, loss: Tensor, event: Event) -> None:
+        self._landings.turned(loss, event)
+
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        self._landings.landed(block, event, norms)
+
+    def finish(self) -> None:
+        self._landings.finish()
+
+    def settle(self, norm: Tensor) -> Applied:
+        scale = clip_scale(norm, self._max_norm)
+        corrected = self._speculation.settle(scale)
+        if self._device is not None:
+            self._num_on_device = len(self._device.blocks)
+            self._device.submit(self._step, self._lr, scale)
+        return Applied(scale, corrected)
+
+    def drop(self) -> int:
+        self._hopeful = False
+        self._landings.finish()
+        return self._speculation.undo() + self._num_on_device
+
+    def _take(self, block: int, norms: Tensor) -> None:
+        if not self._hopeful:
+            return
+        self._square += float(norms.double().square().sum())
+        self._hopeful = self._square <= self._max_norm**2  # not so if it is NaN
+        if not self._hopeful:
+            self._speculation.stop()
+        elif self._device is None or block not in self._device.blocks:
+            self._speculation.speculate(block)
+
+
+class DroppedGradients:
+    """A sink for a pass that is made for its norm alone; `release` gives a block's buffer back."""
+
+    def __init__(self, release: Callable[[int], None]) -> None:
+        self._release = release
+
+    def turned(self, loss: Tensor, event: Event) -> None:
+        """The loss is looked at with the norm."""
+
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        """Nobody reads the gradient, and what is drained next comes behind it on the same stream."""
+        self._release(block)

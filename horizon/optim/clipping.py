@@ -6,18 +6,65 @@ made here. The scale is applied by the AdamW update itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from horizon.config.schema import Clip, OnNonFinite
 from horizon.errors import ConfigError, NonFiniteError
+from horizon.optim.adamw import AdamW
+
+LAGGED_NOTE = "lagged clipping: not exact"  # what every report of such a run says
 
 
-def check_max_grad_norm(max_norm: float | None) -> None:
-    """Raise a ConfigError unless `max_norm` is a positive number or None (no clipping)."""
-    if max_norm is not None and not max_norm > 0:
-        raise ConfigError(
-            f"max_grad_norm must be > 0, or null for no clipping, got {max_norm}; set optim.max_grad_norm"
-        )
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """The norm that gradients are clipped to (None: they are not), and when that happens.
+
+    Raises:
+        ConfigError: the norm is not positive, or there is none to which `mode` could clip.
+    """
+
+    max_norm: float | None = 1.0
+    mode: Clip = Clip.exact
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ConfigError(
+                f"max_grad_norm must be > 0, or null for no clipping, got {self.max_norm}; set optim.max_grad_norm"
+            )
+        if self.max_norm is None and self.mode is not Clip.exact:
+            raise ConfigError(
+                f"clip={self.mode} has no norm to clip to, as max_grad_norm is null; "
+                "set optim.max_grad_norm, or leave optim.clip=exact"
+            )
+
+    def check(self, adamw: AdamW, on_nonfinite: OnNonFinite) -> None:
+        """Raise a ConfigError where the other settings do not allow this mode."""
+        if self.mode is Clip.lagged and on_nonfinite is OnNonFinite.skip:
+            raise ConfigError(
+                "clip=lagged updates blocks before a step is known to be finite, so that on_nonfinite=skip cannot drop "
+                "it; set optim.clip=exact or speculative, or train.on_nonfinite=stop"
+            )
+        beta1, beta2 = adamw.betas
+        if self.mode is Clip.speculative and beta1**2 >= beta2:
+            raise ConfigError(
+                f"clip=speculative takes updates back only where beta1^2 < beta2, got betas {adamw.betas}; "
+                "set optim.beta1 and optim.beta2, or optim.clip=exact"
+            )
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether all gradients of a step wait on the host."""
+        return self.max_norm is not None and self.mode is not Clip.lagged
+
+    @property
+    def note(self) -> str:
+        """What a report says of it."""
+        if self.max_norm is None:
+            return "none"
+        return LAGGED_NOTE if self.mode is Clip.lagged else str(self.mode)
 
 
 def global_norm(norms: Tensor) -> Tensor:

@@ -153,21 +153,26 @@ class TieredUpdater:
     """Hands the update of each block to whoever reaches its states: threads of the host, or the device."""
 
     def __init__(self, host: Updater, device: DeviceUpdater):
-        self._host, self._device = host, device
+        self.host, self.device = host, device
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that have something to train."""
+        return self.host.num_blocks + len(self.device.blocks)
 
     def submit(self, step: int, lr: float, grad_scale: float) -> None:
         """Begin the update of all blocks, as `Updater.submit`."""
-        self._host.submit(step, lr, grad_scale)
-        self._device.submit(step, lr, grad_scale)
+        self.host.submit(step, lr, grad_scale)
+        self.device.submit(step, lr, grad_scale)
 
-    def submit_block(self, block: int, step: int, lr: float) -> None:
+    def submit_block(self, block: int, step: int, lr: float, grad_scale: float = 1.0) -> None:
         """Begin the update of one block whose gradient is complete, as `Updater.submit_block`."""
-        updater = self._device if block in self._device.blocks else self._host
-        updater.submit_block(block, step, lr)
+        updater = self.device if block in self.device.blocks else self.host
+        updater.submit_block(block, step, lr, grad_scale)
 
     def close(self) -> None:
         """Stop the host's threads; may be called again."""
-        self._host.close()
+        self.host.close()
 
 
 def make_updater(

@@ -4,9 +4,11 @@
 into chunks; all threads take chunks of the earliest submitted block that has any left, so blocks finish in order but
 for the last chunks under way, and the loader of block 0 need not wait for the rest. The chunks of a block are the
 same for any number of threads and each element belongs to exactly one, so threads and chunk size never change a
-result.
+result. `enqueue` is for other work on a step's chunks, which may come before the update that publishes
+(`horizon.optim.speculation`).
 
-Invariants: padding between parameters is not touched, and a step's update starts when the one before it is done.
+Invariants: padding between parameters is not touched, and a step's update starts when the one before it is done, and
+when all other work on the step is.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -72,13 +75,26 @@ def _as_array(tensor: Tensor) -> Array:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.itemsize == 2 else tensor.numpy()
 
 
+Work: TypeAlias = Callable[[int, UpdateArrays, StepScalars], None]  # of a chunk: its number, its arrays, the scalars
+
+
+class Job(NamedTuple):
+    """What is to be done with a block."""
+
+    block: int
+    work: Work | None = None  # None: the AdamW update
+    chunks: Sequence[int] | None = None  # the numbers of those to work on; None: all
+
+
 @dataclass(slots=True)
 class _BlockUpdate:
     """One block's update at one step, while it is queued or under way."""
 
     layout: BlockLayout
-    chunks: tuple[Chunk, ...]
+    chunks: list[tuple[int, Chunk]]  # with their numbers
+    work: Work | None
     step: int
+    publishes: bool  # when all chunks are done
     decayed: StepScalars
     undecayed: StepScalars
     arrays: UpdateArrays | None = None  # asked for when the first chunk is taken
@@ -89,9 +105,12 @@ class _BlockUpdate:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
-    A worker calls `states(block index)` when the block's turn comes, once per block and step, and owns the arrays
+    A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
     until it calls `release(block index)`, just before the new version is published. A failure is recorded in `ledger`
     naming the block, after which no further chunk is begun. Close the updater before freeing an array it may use.
+
+    Attributes:
+        chunks: of every block that has something to train, by its index.
     """
 
     def __init__(
@@ -112,8 +131,9 @@ class Updater:
                 f"got {num_threads} and {chunk_elements}"
             )
         chunks = {layout.index: tuple(cut_chunks(layout, chunk_elements)) for layout in layouts}
-        self._blocks = {layout.index: (layout, chunks[layout.index]) for layout in layouts if chunks[layout.index]}
-        self._frozen = [layout.index for layout in layouts if not chunks[layout.index]]
+        self.chunks = {index: cut for index, cut in chunks.items() if cut}
+        self._layouts = {layout.index: layout for layout in layouts}
+        self._frozen = [index for index, cut in chunks.items() if not cut]
         self._states = states
         self._release = release
         self._ledger = ledger
@@ -125,10 +145,16 @@ class Updater:
         self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
         self._queue: deque[_BlockUpdate] = deque()  # blocks with chunks left to take, in order
-        self._submitted = dict.fromkeys(self._blocks, 0)  # the last step of each block
-        self._step_under_way = 0  # of the chunk taken last
+        self._submitted = dict.fromkeys(self.chunks, 0)  # the last step of each block
+        self._round = 0, False  # step and `publishes` of the chunk taken last
         self._num_under_way = 0  # chunks taken and not finished
         self._closed = False
+        ledger.on_failure(lambda error: self._notify())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that have something to train."""
+        return len(self.chunks)
 
     def submit(self, step: int, lr: float, grad_scale: float) -> None:
         """Queue the update of all blocks, in order, for `step` (from 1, growing) and return at once.
@@ -137,33 +163,56 @@ class Updater:
             NonFiniteError: `lr` or `grad_scale` is not finite; nothing is queued.
             RuntimeError: the updater is closed, or was given `step` before.
         """
-        self._enqueue(list(self._blocks), step, lr, grad_scale)
+        self.enqueue([Job(block) for block in self.chunks], step, lr, grad_scale)
 
-    def submit_block(self, block: int, step: int, lr: float) -> None:
-        """Queue the update of one block that has something to train, its gradients not clipped; raises as `submit`.
+    def submit_block(self, block: int, step: int, lr: float, grad_scale: float = 1.0) -> None:
+        """Queue the update of one block that has something to train; raises as `submit`.
 
         The first block of a step also publishes the blocks that have nothing to train.
         """
-        self._enqueue([block], step, lr, 1.0)
+        self.enqueue([Job(block)], step, lr, grad_scale)
 
-    def _enqueue(self, blocks: Sequence[int], step: int, lr: float, grad_scale: float) -> None:
+    def enqueue(self, jobs: Sequence[Job], step: int, lr: float, grad_scale: float, publishes: bool = True) -> None:
+        """Queue `jobs`, of which those that publish are their blocks' updates of `step`; raises as `submit`.
+
+        All jobs of a step that do not publish are over before the first that does begins. One that publishes and has
+        no chunks does so at once.
+        """
         self._ledger.raise_if_failed()
         decayed, undecayed = (step_scalars(self._adamw, lr, step, grad_scale, decay) for decay in (True, False))
         with self._wake:
-            self._check_new(blocks, step)
-            for block in blocks:
-                self._submitted[block] = step
-                self._queue.append(_BlockUpdate(*self._blocks[block], step, decayed, undecayed))
-            for block in self._frozen:
+            self._check_new(jobs, step)
+            for block, work, numbers in jobs:
+                cut, layout = self.chunks[block], self._layouts[block]
+                chunks = [(n, cut[n]) for n in (range(len(cut)) if numbers is None else numbers)]
+                update = _BlockUpdate(layout, chunks, work, step, publishes, decayed, undecayed)
+                if publishes:
+                    self._submitted[block] = step
+                if chunks:
+                    self._queue.append(update)
+                elif publishes:
+                    self._publish(update)
+            for block in self._frozen if publishes else ():
                 if self._ledger.version(block) < step:
                     self._ledger.publish(block, step)
             self._start_threads()
             self._wake.notify_all()
 
-    def _check_new(self, blocks: Sequence[int], step: int) -> None:
+    def withdraw(self) -> None:
+        """Forget what is queued, not begun, and would not publish."""
+        with self._wake:
+            self._queue = deque(update for update in self._queue if update.publishes)
+
+    def wait_idle(self) -> None:
+        """Return when nothing is queued or under way; raise the ledger's failure, at once, if there is one."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._ledger.failed or not (self._queue or self._num_under_way))
+        self._ledger.raise_if_failed()
+
+    def _check_new(self, jobs: Sequence[Job], step: int) -> None:
         if self._closed:
             raise RuntimeError(f"cannot submit step {step}: the updater is closed")
-        for block in blocks:
+        for block, _, _ in jobs:
             if step <= self._submitted[block]:
                 raise RuntimeError(
                     f"cannot submit step {step} of block {block}: it was given step {self._submitted[block]} before"
@@ -197,39 +246,46 @@ class Updater:
             self._threads[-1].start()
 
     def _work(self) -> None:
-        """Take chunks and apply them until closed or failed; the body of each thread."""
+        """Take chunks and work on them until closed or failed; the body of each thread."""
         while (taken := self._take()) is not None:
-            block, chunk = taken
+            block, number, chunk = taken
             try:
-                self._apply(block, chunk)
+                self._apply(block, number, chunk)
                 self._finish(block)
             except BaseException as error:  # whatever it is, those who wait must hear of it
                 self._fail(block, error)
 
-    def _take(self) -> tuple[_BlockUpdate, Chunk] | None:
+    def _take(self) -> tuple[_BlockUpdate, int, Chunk] | None:
         """The next chunk of the earliest block that has one, once there is one; None when it is time to stop."""
         with self._wake:
             while not (self._closed or self._ledger.failed):
-                # chunks of an earlier step may still be under way on the same arrays
-                if self._queue and (self._queue[0].step == self._step_under_way or self._num_under_way == 0):
+                # chunks of an earlier round may still be under way on the same arrays
+                if self._queue and (self._round_of(self._queue[0]) == self._round or self._num_under_way == 0):
                     block = self._queue[0]
-                    chunk = block.chunks[block.num_taken]
+                    number, chunk = block.chunks[block.num_taken]
                     block.num_taken += 1
                     if block.num_taken == len(block.chunks):
                         self._queue.popleft()
-                    self._step_under_way = block.step
+                    self._round = self._round_of(block)
                     self._num_under_way += 1
-                    return block, chunk
+                    return block, number, chunk
                 self._wake.wait()
             return None
 
-    def _apply(self, block: _BlockUpdate, chunk: Chunk) -> None:
+    @staticmethod
+    def _round_of(block: _BlockUpdate) -> tuple[int, bool]:
+        return block.step, block.publishes
+
+    def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk) -> None:
         arrays = block.arrays or self._open(block)
         scalars = block.decayed if chunk.decay else block.undecayed
         weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
         rewritten = sum(state.nbytes for state in (weights, residual, exp_avg, exp_avg_sq))
         with self._timeline.update(block.layout.index, 2 * rewritten + grads.nbytes):
-            self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
+            if block.work is None:
+                self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
+            else:
+                block.work(number, (weights, residual, exp_avg, exp_avg_sq, grads), scalars)
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
         with self._opening:
@@ -243,11 +299,14 @@ class Updater:
         with self._wake:
             self._num_under_way -= 1
             block.num_done += 1
-            if block.num_done == len(block.chunks):
-                self._release(block.layout.index)
-                self._ledger.publish(block.layout.index, block.step)
-            if self._queue and self._num_under_way == 0:
+            if block.publishes and block.num_done == len(block.chunks):
+                self._publish(block)
+            if self._num_under_way == 0:
                 self._wake.notify_all()
+
+    def _publish(self, block: _BlockUpdate) -> None:
+        self._release(block.layout.index)
+        self._ledger.publish(block.layout.index, block.step)
 
     def _fail(self, block: _BlockUpdate, error: BaseException) -> None:
         failure = HorizonError(
@@ -255,6 +314,8 @@ class Updater:
         )
         failure.__cause__ = error
         self._ledger.fail(failure)
+
+    def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
 

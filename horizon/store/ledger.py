@@ -20,6 +20,10 @@ class Ledger:
         self._listeners: list[Callable[[BaseException], None]] = []
         self._changed = Condition()
 
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self._versions)
+
     @property
     def failed(self) -> bool:
         """Whether a failure was recorded."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +21,13 @@ from horizon.stream.boundaries import Boundaries
 from horizon.stream.executor import Executor
 from horizon.stream.measure import measure_working_set, measured_rows
 from horizon.stream.streams import Streams
+
+
+class StepSpace(NamedTuple):
+    """Where one step's activations go."""
+
+    boundaries: Boundaries
+    recompute: Mapping[int, Recompute]  # of the blocks that keep more than a boundary
 
 
 class Activations:

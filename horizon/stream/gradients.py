@@ -33,8 +33,11 @@ class GradientSink(Protocol):
     def turned(self, loss: Tensor, event: Event) -> None:
         """The forward is over: after `event` the step's loss is in `loss`, a host scalar. No gradient landed before."""
 
-    def landed(self, block: int, event: Event) -> None:
-        """After `event` the block's whole gradient is in its buffer."""
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        """After `event` the block's whole gradient is in its buffer, and in `norms` each parameter's L2 norm.
+
+        `norms`: fp32 [trainable parameters] on the host, valid until the block's next gradient.
+        """
 
 
 @dataclass(slots=True)
@@ -84,6 +87,8 @@ class GradientSlots:
         self._partial: dict[int, dict[tuple[int, int], _Partial]] = {}  # by owner and host range
         self._first_norm = _first_norms(layouts)
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
+        pin = streams.device.type == "cuda"
+        self._host_norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, pin_memory=pin)
         self._turn = 0
         self._block = -1
         self._flat = self._target = self._slots[0].flat
@@ -236,6 +241,9 @@ class GradientSlots:
     def _drain(self, block: int, slot: _DrainSlot, sink: GradientSink) -> None:
         drain = self._streams.drain
         drain.wait_event(self._streams.compute.record_event())
+        own = slice(self._first_norm[block], self._first_norm[block + 1])
+        if self._layouts[block].num_trainable:
+            self._streams.copy(drain, self._host_norms[own], self.norms[own])
         leaving = [span for span in self._spans[block] if span.owner not in self._in_hbm]
         targets = [self._claim(span.owner)[span.host] for span in leaving]
         with self._streams.moving(drain, "gradient", block) if leaving else nullcontext():
@@ -246,7 +254,7 @@ class GradientSlots:
             slot.drained = drained
             self._turn = (self._turn + 1) % len(self._slots)
         if self._layouts[block].num_trainable:
-            sink.landed(block, drained)
+            sink.landed(block, drained, self._host_norms[own])
         for span in self._spans[block]:
             if span.owner != block:
                 parts = self._partial.setdefault(span.owner, {})

@@ -204,9 +204,10 @@ def test_an_event_that_raises_without_clipping_is_heard_in_the_same_step(build, 
             raise RuntimeError("device lost")
 
     engine = build(max_grad_norm=None)
-    landed = engine._runtime._streamed.landed
+    updates = engine._runtime._steps._updates
+    landed = updates.landed
     monkeypatch.setattr(
-        engine._runtime._streamed, "landed", lambda block, event: landed(block, BadEvent() if block == 3 else event)
+        updates, "landed", lambda block, event, norms: landed(block, BadEvent() if block == 3 else event, norms)
     )
     message = r"the gradient of block 3 at step 1 did not land: RuntimeError\('device lost'\)"
     for _ in range(2):

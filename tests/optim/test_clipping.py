@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from horizon.errors import ConfigError, NonFiniteError
-from horizon.optim.clipping import check_max_grad_norm, clip_scale, global_norm
+from horizon.optim.clipping import Clipping, clip_scale, global_norm
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 0.3, 1.0, 7.7, 1e4])
@@ -35,9 +35,9 @@ def test_a_norm_that_is_not_finite_is_refused(value):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_a_maximum_that_is_not_positive_is_refused(value):
     with pytest.raises(ConfigError, match=r"max_grad_norm must be > 0.*optim\.max_grad_norm"):
-        check_max_grad_norm(value)
+        Clipping(value)
 
 
 def test_a_positive_maximum_or_none_passes():
-    check_max_grad_norm(None)
-    check_max_grad_norm(1.0)
+    Clipping(None)
+    Clipping(1.0)

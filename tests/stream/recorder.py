@@ -218,11 +218,11 @@ class RecordedSink:
         self._follow(event)
         self._recorder.access("updater", "read of the loss", [loss], [])
 
-    def landed(self, block: int, event: RecordedEvent) -> None:
+    def landed(self, block: int, event: RecordedEvent, norms: Tensor) -> None:
         self.landings.append(block)
         self._follow(event)
         if block not in self._in_hbm:
-            self._update("updater", block)
+            self._update("updater", block, norms)
 
     def finish(self) -> None:
         """The host goes on when all updates are done; those on compute it has given to the device."""
@@ -231,8 +231,8 @@ class RecordedSink:
             self._recorder.label("compute", f"update {block}")
             self._update("compute", block)
 
-    def _update(self, stream: str, block: int) -> None:
-        self._recorder.access(stream, "update", [self._gradients[block]], [s[block] for s in self._weights])
+    def _update(self, stream: str, block: int, *norms: Tensor) -> None:
+        self._recorder.access(stream, "update", [self._gradients[block], *norms], [s[block] for s in self._weights])
 
     def _follow(self, event: RecordedEvent) -> None:
         event.waiters.append("updater")

@@ -89,6 +89,8 @@ def _name_memory(
     recorder: Recorder, model: BlockModel, store: HostStore, buffers: KeptGradients, space: Any, executor: Executor
 ) -> None:
     recorder.name(executor._host_loss, "loss")
+    assert executor.gradients is not None
+    recorder.name(executor.gradients._host_norms, "norms")
     for key, (region,) in space.items():
         recorder.name(region, f"boundary {model.layouts[key[0]].name} m{key[1]}")
     for layout in model.layouts:

@@ -20,10 +20,11 @@ UNTIED, TIED = (EMBED, LAYER, HEAD), (EMBED, LAYER, TIED_HEAD)
 
 class Sink:
     def __init__(self):
-        self.landings = []
+        self.landings, self.norms = [], {}
 
-    def landed(self, block, event):
+    def landed(self, block, event, norms):
         self.landings.append(block)
+        self.norms[block] = norms.tolist()
 
 
 def backward(slots, layouts, gradients):
@@ -73,10 +74,12 @@ def test_a_single_part_lands_as_it_is(dtype):
     gradient = torch.randn(2, 3).to(dtype)
     slots.open(1, single=True)
     slots.add({"a": gradient, "b": None})
-    slots.close(Sink())
+    sink = Sink()
+    slots.close(sink)
     assert torch.equal(by_name(buffers, UNTIED)["a"], gradient.float())
     assert torch.equal(by_name(buffers, UNTIED)["b"], torch.zeros(7))
     assert torch.equal(slots.norms[2:4], torch.tensor([gradient.float().norm(), 0.0]))
+    assert sink.norms == {1: slots.norms[2:4].tolist()}  # its own parameters' norms land with the gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

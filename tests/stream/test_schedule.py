@@ -27,6 +27,7 @@ compute backward head m0
 drain     waits for compute: backward head m0
 drain   drain loss
 drain     waits for compute: backward head m0
+drain   drain norms
 drain   drain gradient head
 fetch     waits for compute: backward head m0
 fetch   load weights layers.1
@@ -34,6 +35,7 @@ compute   waits for fetch: load weights layers.2
 compute recompute layers.2 m0
 compute backward layers.2 m0
 drain     waits for compute: backward layers.2 m0
+drain   drain norms
 drain   drain gradient layers.2
 fetch     waits for compute: backward layers.2 m0
 fetch   load weights layers.0
@@ -42,6 +44,7 @@ compute   waits for drain: drain gradient head
 compute recompute layers.1 m0
 compute backward layers.1 m0
 drain     waits for compute: backward layers.1 m0
+drain   drain norms
 drain   drain gradient layers.1
 fetch     waits for compute: backward layers.1 m0
 fetch   load weights embed
@@ -50,11 +53,13 @@ compute   waits for drain: drain gradient layers.2
 compute recompute layers.0 m0
 compute backward layers.0 m0
 drain     waits for compute: backward layers.0 m0
+drain   drain norms
 drain   drain gradient layers.0
 compute   waits for fetch: load weights embed
 compute   waits for drain: drain gradient layers.1
 compute backward embed m0
 drain     waits for compute: backward embed m0
+drain   drain norms
 drain   drain gradient embed
 """
 
@@ -87,6 +92,7 @@ compute backward head m1
 drain     waits for compute: backward head m1
 drain   drain loss
 drain     waits for compute: backward head m1
+drain   drain norms
 drain   drain gradient head
 fetch     waits for compute: backward head m1
 fetch   load weights layers.1
@@ -96,6 +102,7 @@ compute backward layers.2 m0
 compute recompute layers.2 m1
 compute backward layers.2 m1
 drain     waits for compute: backward layers.2 m1
+drain   drain norms
 drain   drain gradient layers.2
 fetch     waits for compute: backward layers.2 m1
 fetch   load weights layers.0
@@ -106,6 +113,7 @@ compute backward layers.1 m0
 compute recompute layers.1 m1
 compute backward layers.1 m1
 drain     waits for compute: backward layers.1 m1
+drain   drain norms
 drain   drain gradient layers.1
 fetch     waits for compute: backward layers.1 m1
 fetch   load weights embed
@@ -116,12 +124,14 @@ compute backward layers.0 m0
 compute recompute layers.0 m1
 compute backward layers.0 m1
 drain     waits for compute: backward layers.0 m1
+drain   drain norms
 drain   drain gradient layers.0
 compute   waits for fetch: load weights embed
 compute   waits for drain: drain gradient layers.1
 compute backward embed m0
 compute backward embed m1
 drain     waits for compute: backward embed m1
+drain   drain norms
 drain   drain gradient embed
 """
 
@@ -141,6 +151,7 @@ compute backward head m0
 drain     waits for compute: backward head m0
 drain   drain loss
 drain     waits for compute: backward head m0
+drain   drain norms
 drain   drain gradient head
 drain   drain gradient embed
 fetch     waits for compute: backward head m0
@@ -149,6 +160,7 @@ compute   waits for fetch: load weights layers.0
 compute recompute layers.0 m0
 compute backward layers.0 m0
 drain     waits for compute: backward layers.0 m0
+drain   drain norms
 drain   drain gradient layers.0
 compute   waits for fetch: load weights embed
 compute   waits for drain: drain gradient embed
@@ -158,6 +170,7 @@ fetch   load gradient embed
 compute   waits for fetch: load gradient embed
 compute backward embed m0
 drain     waits for compute: backward embed m0
+drain   drain norms
 drain   drain gradient embed
 drain   drain gradient embed
 """
