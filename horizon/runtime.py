@@ -7,6 +7,7 @@ Everything that may be refused is refused by the plan, before the store is alloc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import import_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
@@ -25,8 +26,9 @@ from horizon.models.kernels import choose_kernels
 from horizon.models.skeleton import init_parameters
 from horizon.optim.adamw import AdamW
 from horizon.optim.apply import KeptUpdates, StreamedUpdates
+from horizon.optim.states import UpdateStates
 from horizon.optim.threads import default_num_threads
-from horizon.optim.updater import Updater, UpdateStates
+from horizon.optim.updater import Updater
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.machine import (
     context_bytes,
@@ -62,7 +64,7 @@ class Runtime:
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, optimizer: AdamW, device: torch.device,
-        num_threads: int, recompute: Recompute,
+        num_threads: int, recompute: Recompute, seed: int,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs = needs
@@ -71,7 +73,7 @@ class Runtime:
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(_lift_device_limit, device)
             _limit_device(device, plan.limits.device)
-            self.store = HostStore(model.layouts, self._pin, needs.compute_dtype is torch.float32)
+            self.store = HostStore(model.layouts, self._pin, needs.compute_dtype is torch.float32, needs.moments)
             release.callback(self.store.close)
             self.buffers: GradientBuffers = self._new_buffers(needs.grad_dtype, needs.keeps_gradients)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
@@ -88,7 +90,7 @@ class Runtime:
             release.callback(self.streams.synchronize)
             self._updater = Updater(
                 model.layouts, self._update_states, self.store.ledger, optimizer, num_threads, self._published,
-                timeline=self.streams.timeline,
+                seed=seed, timeline=self.streams.timeline,
             )  # fmt: skip
             release.callback(self._updater.close)
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
@@ -214,10 +216,7 @@ class Runtime:
         """
         if self.buffers.kept and self.buffers.dtype is torch.float32:
             return
-        needs = MemoryNeeds(
-            self._needs.layouts, self._needs.compute_dtype, torch.float32, True, self._needs.weight_slots,
-            self._needs.host_overhead, self._needs.device_overhead,
-        )  # fmt: skip
+        needs = dataclasses.replace(self._needs, grad_dtype=torch.float32, keeps_gradients=True)
         plan = plan_memory(needs, self.plan.limits)
         self._updater.wait()
         self.buffers.close()
@@ -303,10 +302,7 @@ class Runtime:
         return RingGradients(self.model.layouts, dtype, self._pin, RING_BUFFERS)
 
     def _update_states(self, block: int) -> UpdateStates:
-        store, grads = self.store, self.buffers.claim(block)
-        return UpdateStates.of_tensors(
-            store.weights[block], store.residual[block], store.exp_avg[block], store.exp_avg_sq[block], grads
-        )
+        return UpdateStates.of_tensors(**self.store.states(block), grads=self.buffers.claim(block))
 
     def _published(self, block: int) -> None:
         self.buffers.release(block)
@@ -349,8 +345,11 @@ def build_runtime(
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads, recompute)
+    needs = MemoryNeeds(
+        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead,
+        Moments(optimizer.moments),
+    )  # fmt: skip
+    runtime = Runtime(model, plan_memory(needs, limits), needs, optimizer, target, num_threads, recompute, seed)
     try:
         runtime.load(weights, seed)
     except BaseException:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from horizon.config.schema import Moments
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.units import GIB, MIB, format_bytes
 
-STATE_BYTES = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
+MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
@@ -83,6 +85,7 @@ class MemoryNeeds:
     weight_slots: int
     host_overhead: int  # process memory before the store exists
     device_overhead: int  # context and buffers
+    moments: Moments = Moments.float32
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -91,14 +94,13 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
     Raises:
         BudgetError: states, slots or framework do not fit; says by how much and the smallest budget that works.
     """
-    owned = sum(lay.num_elements for lay in needs.layouts)
     trainable = sum(lay.num_trainable for lay in needs.layouts)
     largest = max(lay.num_trainable for lay in needs.layouts)
     kept = trainable if needs.keeps_gradients else RING_BUFFERS * largest
     lines = [
-        Line("host", "weights (bf16)", owned * STATE_BYTES["weights"]),
-        Line("host", "residual (low halves)", owned * STATE_BYTES["residual"]),
-        Line("host", "exp_avg, exp_avg_sq (fp32)", trainable * (STATE_BYTES["exp_avg"] + STATE_BYTES["exp_avg_sq"])),
+        Line("host", "weights (bf16)", num_bytes(MASTER[:1], needs.layouts)),
+        Line("host", "residual (low halves)", num_bytes(MASTER[1:], needs.layouts)),
+        Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", _moment_bytes(needs)),
         Line("host", "gradients" if needs.keeps_gradients else "gradient ring", kept * needs.grad_dtype.itemsize),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
@@ -107,8 +109,19 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
     ]
     parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
     plan = MemoryPlan(len(needs.layouts), parameters, tuple(lines), limits)
-    check_fits(plan, "a smaller model, fewer memory.weight_slots")
+    check_fits(plan, f"a smaller model, {_remedy(plan, needs.moments)}")
     return plan
+
+
+def _moment_bytes(needs: MemoryNeeds) -> int:
+    return num_bytes(MOMENTS[needs.moments], needs.layouts)
+
+
+def _remedy(plan: MemoryPlan, moments: Moments) -> str:
+    """The setting that helps most where `plan` does not fit."""
+    if plan.num_bytes("host") > plan.limits.host and moments is not Moments.int8:
+        return "optim.moments=int8"
+    return "fewer memory.weight_slots"
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:

@@ -1,24 +1,23 @@
 """The host store: every parameter and optimizer state of the model, flat per block, in DRAM.
 
-One arena per state kind. `weights` (bf16, the high half of the fp32 master) is what streams to the device;
-`residual` is the low half; `exp_avg` and `exp_avg_sq` exist for trainable parameters only. Nothing is held twice:
-a parameter is read or written through the layout, by its Hugging Face name.
+One arena per state kind (`horizon.plan.states` lists them). `weights` (bf16, the high half of the fp32 master) is what
+streams to the device; `residual` is the low half; moments exist for trainable parameters only. Nothing is held twice: a
+parameter is read or written through the layout, by its Hugging Face name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
+from horizon.plan.states import MASTER, MOMENTS, State
 from horizon.store.arena import Arena
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
-
-BYTES_PER_ELEMENT = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
 
 
 class HostStore:
@@ -27,31 +26,36 @@ class HostStore:
     Attributes:
         weights: bf16 [num_elements] per block.
         residual: int16 [num_elements] per block.
-        exp_avg, exp_avg_sq: fp32 [num_trainable] per block.
+        moments: by name, in the order of `horizon.plan.states`, the flat tensors of all blocks.
         ledger: how many optimizer steps the weights of each block have seen.
     """
 
-    def __init__(self, layouts: Sequence[BlockLayout], pin: bool, pin_residual: bool):
+    def __init__(
+        self, layouts: Sequence[BlockLayout], pin: bool, pin_residual: bool, moments: Moments = Moments.float32
+    ):
         self.layouts = tuple(layouts)
         self.ledger = Ledger(len(self.layouts))
-        owned = [lay.num_elements for lay in self.layouts]
-        trainable = [lay.num_trainable for lay in self.layouts]
         self._arenas: dict[str, Arena] = {}
         try:
             # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
-            self.weights = self._allocate("weights", owned, torch.bfloat16, pin)
-            self.residual = self._allocate("residual", owned, torch.int16, pin and pin_residual)
-            self.exp_avg = self._allocate("exp_avg", trainable, torch.float32, False)
-            self.exp_avg_sq = self._allocate("exp_avg_sq", trainable, torch.float32, False)
+            weights, residual = MASTER
+            self.weights = self._allocate(weights, pin)
+            self.residual = self._allocate(residual, pin and pin_residual)
+            self.moments = {state.name: self._allocate(state, False) for state in MOMENTS[moments]}
         except BaseException:
             self.close()
             raise
         self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
 
-    def _allocate(self, kind: str, numels: Sequence[int], dtype: torch.dtype, pin: bool) -> list[Tensor]:
-        arena = Arena([n * BYTES_PER_ELEMENT[kind] for n in numels], kind, pin)
-        self._arenas[kind] = arena
-        return [region.view(dtype) for region in arena.regions]
+    def _allocate(self, state: State, pin: bool) -> list[Tensor]:
+        arena = Arena([state.numel(lay) * state.dtype.itemsize for lay in self.layouts], state.name, pin)
+        self._arenas[state.name] = arena
+        return [region.view(state.dtype) for region in arena.regions]
+
+    def states(self, block: int) -> dict[str, Tensor]:
+        """All flat tensors of a block, by name."""
+        moments = {name: blocks[block] for name, blocks in self.moments.items()}
+        return {"weights": self.weights[block], "residual": self.residual[block], **moments}
 
     @property
     def num_bytes(self) -> dict[str, int]:
@@ -90,6 +94,6 @@ class HostStore:
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
-        self.weights, self.residual, self.exp_avg, self.exp_avg_sq = [], [], [], []
+        self.weights, self.residual, self.moments = [], [], {}
         for arena in self._arenas.values():
             arena.close()
