@@ -155,8 +155,9 @@ def facts() -> dict:
         name = os.environ.get("HORIZON_COMMIT", "unknown")
     packages = ("torch", "transformers", "triton", "numba", "liger-kernel")
     versions = {p: metadata.version(p) for p in packages if _installed(p)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "machine": f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": f"{device}, {os.cpu_count()} cores, {platform.platform()}",
         "commit": name, "versions": versions, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
     }  # fmt: skip
 
