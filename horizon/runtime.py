@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Policy, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
-from horizon.optim.device import StateTensors, can_update, make_updater
+from horizon.optim.device import can_update, make_updater
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.plan.activations import ActivationPlan
@@ -64,18 +64,18 @@ class Runtime:
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
-        device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping,
+        device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs, self._placer, self._reserve = needs, placer, unknown_activations(plan.limits)
         self._placed_for: Shapes = []
-        self._optimizer, self._num_threads = optimizer, num_threads
+        self._optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
         self._pin = device.type == "cuda"
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
             pin_residual = needs.compute_dtype is torch.float32
-            self.store = HostStore(model.layouts, self._pin, pin_residual, device, needs.in_hbm)
+            self.store = HostStore(model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments)
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
@@ -103,7 +103,7 @@ class Runtime:
     def _start_updater(self, needs: MemoryNeeds) -> None:
         self._updater = make_updater(
             self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
-            self.streams, lambda block: self.buffers.release(block),
+            self.streams, lambda block: self.buffers.release(block), self._seed,
         )  # fmt: skip
 
     @property
@@ -304,11 +304,8 @@ class Runtime:
         taken = lent | needs.in_hbm
         return [0 if lay.index in taken else lay.num_trainable * needs.grad_dtype.itemsize for lay in layouts]
 
-    def _states(self, block: int) -> StateTensors:
-        store, grads = self.store, self.buffers.claim(block)
-        return StateTensors(
-            store.weights[block], store.residual[block], store.exp_avg[block], store.exp_avg_sq[block], grads
-        )
+    def _states(self, block: int) -> dict[str, Tensor]:
+        return {**self.store.states(block), "grads": self.buffers.claim(block)}
 
     def _trainable_names(self) -> list[str]:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
@@ -349,11 +346,21 @@ def build_runtime(
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    needs = MemoryNeeds(model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, process_bytes(), overhead)
-    placer = read_policy(memory, target, can_update(target), model.num_blocks)
+    moments = Moments(optimizer.moments)
+    needs = MemoryNeeds(
+        model.layouts,
+        dtype,
+        dtype,
+        keeps_gradients,
+        memory.weight_slots,
+        process_bytes(),
+        overhead,
+        moments=moments,
+    )
+    placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
-    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping)
+    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed)
     try:
         runtime.load(weights, seed)
     except BaseException:

@@ -252,7 +252,11 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
     assert optim.lr is not None
     settings: dict[str, Any] = {
         "optimizer": AdamW(
-            lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            moments=optim.moments,
         ),
         "memory": config.memory,
         "max_grad_norm": optim.max_grad_norm,

@@ -110,7 +110,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
     started = time.perf_counter()
     engine = horizon.Engine.from_config(
         shape,
-        optimizer=horizon.AdamW(lr=1e-5),
+        optimizer=horizon.AdamW(lr=1e-5, moments=args.moments),
         memory=horizon.MemoryConfig(
             device_budget=args.device_budget,
             weight_slots=args.weight_slots,
@@ -138,7 +138,8 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "host_bytes_per_param": engine.host_bytes / num_parameters, "micro_batch": micro_batch,
                 "planned_host_gib": engine.plan.num_bytes("host") / GIB,
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
-                "policy": args.policy, "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
+                "moments": args.moments, "policy": args.policy,
+                "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
                 "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm, "split": split,
             }  # fmt: skip
 
@@ -162,8 +163,9 @@ def facts() -> dict:
         name = os.environ.get("HORIZON_COMMIT", "unknown")
     packages = ("torch", "transformers", "triton", "numba", "liger-kernel")
     versions = {p: metadata.version(p) for p in packages if _installed(p)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "machine": f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": f"{device}, {os.cpu_count()} cores, {platform.platform()}",
         "commit": name, "versions": versions, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
     }  # fmt: skip
 
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two for warm-up")
     parser.add_argument("--device-budget", default="24GiB")
     parser.add_argument("--weight-slots", type=int, default=2)
+    parser.add_argument("--moments", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--policy", choices=["auto", "dram", "hbm_first"], default="auto")
     parser.add_argument("--hbm-blocks", type=int, help="so many blocks in HBM; default: the policy decides")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows; 0: the most that fits")

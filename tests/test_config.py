@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from horizon.config.compose import compose, conf_dir
-from horizon.config.schema import ComputeDtype, DataFormat, HorizonConfig, LrSchedule
+from horizon.config.schema import ComputeDtype, DataFormat, HorizonConfig, LrSchedule, Moments
 from horizon.errors import ConfigError
 
 OPTIONS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
@@ -37,6 +37,7 @@ def test_the_keys_that_scripts_rely_on():
             "optim=adamw",
             "optim.lr=1e-3",
             "optim.schedule=linear",
+            "optim.moments=int8",
             "train.steps=7",
             "train.batch_size=4",
             "train.seq_len=128",
@@ -48,7 +49,7 @@ def test_the_keys_that_scripts_rely_on():
         ]
     )
     assert (config.model.path, config.data.format, config.data.path) == ("some/folder", DataFormat.text, "texts")
-    assert (config.optim.lr, config.optim.schedule) == (1e-3, LrSchedule.linear)
+    assert (config.optim.lr, config.optim.schedule, config.optim.moments) == (1e-3, LrSchedule.linear, Moments.int8)
     assert (config.train.steps, config.train.batch_size, config.train.seq_len, config.train.micro_batch) == (
         7,
         4,
@@ -78,6 +79,7 @@ def test_model_config_takes_the_keys_of_any_architecture():
         ("+foo=1", "foo is no setting; the top level has model, data, "),
         ("model.config.attention_bias=true", r"to add it to what is there, write \+model.config.attention_bias=..."),
         ("train.steps=abc", "train.steps: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("optim.moments=fp8", r"optim.moments: Invalid value 'fp8', expected one of \[float32, bfloat16, int8\]"),
         ("optim.max_grad_norm=high", "optim.max_grad_norm: .*could not be converted to Float"),
         ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[python_stdlib, text, messages\]"),
         ("train.steps=null", "train.steps: field 'train.steps' is not Optional"),

@@ -1,5 +1,6 @@
 """The whole of `horizon train`, with the real engine, on a model that fits a test."""
 
+import dataclasses
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horizon.config.compose import compose
+from horizon.config.schema import Moments
 from horizon.data import load_data
 from horizon.errors import CheckpointError
 from horizon.trainer import Trainer, validation_batches
@@ -108,6 +110,15 @@ def test_a_run_goes_on_from_the_folder_another_one_wrote(trained, tmp_path):
 def test_the_same_seed_gives_the_same_run(trained, tmp_path):
     _, config, summary = trained
     assert Trainer(config, tmp_path).run().validation_loss_after == summary.validation_loss_after
+
+
+def test_moments_in_eight_bits_learn_the_same(trained, tmp_path, capsys):
+    _, config, summary = trained
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, moments=Moments.int8))
+    found = Trainer(config, tmp_path).run()
+    assert "exp_avg, exp_avg_sq (int8, scales)" in capsys.readouterr().out
+    assert found.validation_loss_after != summary.validation_loss_after
+    assert found.validation_loss_after == pytest.approx(summary.validation_loss_after, abs=0.05)
 
 
 def test_a_damaged_model_folder_is_a_named_error(trained, tmp_path):

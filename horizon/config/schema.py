@@ -55,6 +55,12 @@ class Clip(StrEnum):
     lagged = "lagged"  # updates inside the backward, scaled by the norm of the step before: not exact
 
 
+class Moments(StrEnum):
+    float32 = "float32"  # 8 bytes a parameter
+    bfloat16 = "bfloat16"  # 4, rounded stochastically
+    int8 = "int8"  # 2.1: codes of 8 bits, scales for each 64; rounded stochastically
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -91,6 +97,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
+    moments: Moments = Moments.float32  # how the two moments of each parameter are kept
     max_grad_norm: float | None = 1.0  # null: no clipping
     clip: Clip = Clip.exact  # when the update begins: exact | speculative | lagged
     schedule: LrSchedule = LrSchedule.cosine

@@ -3,8 +3,9 @@
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping, clip_scale, global_norm
 from horizon.optim.schedule import learning_rate
+from horizon.optim.states import UpdateStates
 from horizon.optim.threads import default_num_threads
-from horizon.optim.updater import Updater, UpdateStates
+from horizon.optim.updater import Updater
 
 __all__ = [
     "AdamW",

@@ -17,6 +17,32 @@ and writes all but `grads` in place, in this order, every intermediate fp32 and 
     p = p + (nstep * m) / (sqrt(v) / rbc2 + eps)
 
 which is what `torch.optim.AdamW(fused=True)` does in fp32. A length of zero gradients and zero states stays zero.
+
+Moments in fewer bits are read back as fp32, go through these five lines, and are rounded when they are written (here
+`u` is a number's fp32 bit pattern, U the pattern of 1.0, and r the element's 32 random bits of this step, below):
+
+    bfloat16    exp_avg           uint16 [n]          (u(m) + (r & 0xFFFF)) >> 16
+                exp_avg_sq        uint16 [n]          (u(v) + (r >> 16)) >> 16
+
+    int8        exp_avg           uint8 [n]           sign of m << 7 | min(127, (u(|m| * M + 1) - U + (r >> 13)) >> 19)
+                exp_avg_sq        uint8 [n]           min(255, (u(sqrt(v) * V + 1) - U + (r & 0x3FFFF)) >> 18),
+                                                      and at least 1 unless v = 0
+                exp_avg_scale     float32 [n / 64]    the largest |m| of 64 elements
+                exp_avg_sq_scale  float32 [n / 64]    the largest sqrt(v) of 64 elements
+                M = 247 / exp_avg_scale, V = 251 / exp_avg_sq_scale, 0 where the scale is below 2^-100
+
+                a code c of m is read as +-(x - 1) * (exp_avg_scale * (1/247)) where u(x) = U + ((c & 127) << 19),
+                one of v as ((x - 1) * (exp_avg_sq_scale * (1/251)))^2 where u(x) = U + (c << 18)
+
+An fp32 pattern is a piecewise linear logarithm. So the int8 codes are logarithms of 1 + x, x up to 247 or 251: linear
+near zero, with steps of 3 to 6 % of m and 1.6 to 3.1 % of sqrt(v) at the top, and of 1/4000 and 1/8000 of the group's
+largest at the bottom. Random bits below the cut make the expected value of what is written the exact one (of sqrt(v)
+for int8): an average that moves by less than a step in each step would otherwise stand still. No v > 0 is read as zero.
+
+    r of element i of a block:    x = K + i * 0x9E3779B9    K from seed, step and block: see `noise`
+                                  x = (x ^ x >> 16) * 0x21F0AAAD;  x = (x ^ x >> 15) * 0x735A2D97;  r = x ^ x >> 15
+
+all modulo 2^32. It depends on nothing else, so threads, chunks and an interruption change no bit.
 """
 
 from __future__ import annotations
@@ -31,18 +57,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from horizon.config.schema import Moments
+from horizon.config.values import choice
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.store.split import join_master, split_master
 
 TORCH_PIECE = 1 << 15  # elements: temporaries of 128 KiB, and torch's own threads stay out of tensors this small
 
 Array: TypeAlias = NDArray[Any]
-UpdateArrays: TypeAlias = tuple[Array, Array, Array, Array, Array]  # in the order above
+UpdateArrays: TypeAlias = tuple[Array, ...]  # weights, residual, exp_avg, exp_avg_sq, grads, and the scales of int8
 
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
     """Settings of AdamW, with the meanings and defaults of `torch.optim.AdamW` but for lr.
+
+    `moments` is the format that exp_avg and exp_avg_sq are kept in: "float32" (8 bytes a parameter), "bfloat16" (4)
+    or "int8" (2.1). The update computes in fp32 whatever they are kept in.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -52,6 +83,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    moments: str = Moments.float32  # one of `horizon.config.schema.Moments`
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < math.inf:
@@ -67,6 +99,7 @@ class AdamW:
             raise ConfigError(
                 f"AdamW weight_decay must be finite and >= 0, got {self.weight_decay}; set optim.weight_decay"
             )
+        choice(Moments, self.moments, "optim.moments")
 
 
 class StepScalars(NamedTuple):
@@ -82,7 +115,8 @@ class StepScalars(NamedTuple):
     grad_scale: np.float32  # 1 when the gradient is not clipped
 
 
-Update: TypeAlias = Callable[[Array, Array, Array, Array, Array, StepScalars], None]
+# The arrays, then the scalars, then (unless the moments are float32) the noise of the arrays' first element.
+Update: TypeAlias = Callable[..., None]
 
 
 def step_scalars(adamw: AdamW, lr: float, step: int, grad_scale: float, decay: bool) -> StepScalars:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Clip, OnNonFinite
+from horizon.config.schema import Clip, Moments, OnNonFinite
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.optim.adamw import AdamW
 
@@ -46,6 +46,11 @@ class Clipping:
             raise ConfigError(
                 "clip=lagged updates blocks before a step is known to be finite, so that on_nonfinite=skip cannot drop "
                 "it; set optim.clip=exact or speculative, or train.on_nonfinite=stop"
+            )
+        if self.mode is Clip.speculative and adamw.moments != Moments.float32:
+            raise ConfigError(
+                "clip=speculative takes updates back only from float32 moments, but they are "
+                f"{adamw.moments}; set optim.moments=float32, or optim.clip=exact"
             )
         beta1, beta2 = adamw.betas
         if self.mode is Clip.speculative and beta1**2 >= beta2:

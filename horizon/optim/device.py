@@ -6,7 +6,7 @@ On a GPU it is one Triton kernel a block. On CPU, where the hbm tier is ordinary
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,8 @@ from horizon.errors import HorizonError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, step_scalars
 from horizon.optim.chunks import cut_chunks
-from horizon.optim.updater import Updater, UpdateStates, load_update
+from horizon.optim.states import UpdateStates
+from horizon.optim.updater import Updater, load_update
 from horizon.store.ledger import Ledger
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
@@ -26,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 16  # that one program updates: many programs to a block, 
 
 
 class StateTensors(NamedTuple):
-    """The flat tensors of one block, wherever they are; see `horizon.store.host`."""
+    """The flat tensors of one block, wherever they are, its moments in fp32; see `horizon.store.host`."""
 
     weights: Tensor
     residual: Tensor
@@ -178,22 +179,31 @@ class TieredUpdater:
 def make_updater(
     layouts: Sequence[BlockLayout],
     in_hbm: Set[int],
-    states: Callable[[int], StateTensors],
+    states: Callable[[int], Mapping[str, Tensor]],
     ledger: Ledger,
     adamw: AdamW,
     num_threads: int,
     streams: Streams,
     release: Callable[[int], None],
+    seed: int = 0,
 ) -> Updater | TieredUpdater:
-    """Who updates the blocks of a model of which `in_hbm` have their states on the device."""
+    """Who updates the blocks of a model of which `in_hbm` have their states on the device, with moments in fp32.
+
+    Args:
+        states: gives a block's tensors by name, its gradient as `grads`.
+        seed: as `Updater` takes it.
+    """
 
     def arrays(block: int) -> UpdateStates:
-        return UpdateStates.of_tensors(*states(block))
+        return UpdateStates.of_tensors(**states(block))
+
+    def tensors(block: int) -> StateTensors:
+        return StateTensors(**states(block))
 
     # Blocks with nothing to train are known to both: whoever has a step's first block publishes them.
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
-    host = Updater(on_host, arrays, ledger, adamw, num_threads, release, timeline=streams.timeline)
+    host = Updater(on_host, arrays, ledger, adamw, num_threads, release, seed=seed, timeline=streams.timeline)
     if not in_hbm:
         return host
     on_device = [lay for lay in layouts if lay.index in in_hbm or not lay.num_trainable]
-    return TieredUpdater(host, DeviceUpdater(on_device, states, ledger, adamw, streams, release))
+    return TieredUpdater(host, DeviceUpdater(on_device, tensors, ledger, adamw, streams, release))

@@ -20,59 +20,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from horizon.config.schema import Moments
 from horizon.errors import HorizonError
 from horizon.layout import PARAM_ALIGN, BlockLayout
-from horizon.optim.adamw import AdamW, Array, StepScalars, Update, UpdateArrays, step_scalars, update_torch
+from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
+from horizon.optim.moments import noise, update_torch_bfloat16, update_torch_int8
+from horizon.optim.states import UpdateStates, traffic, update_order
 from horizon.store.ledger import Ledger
 from horizon.stream.timeline import Timeline
 
 CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateStates:
-    """The host arrays of one block, its trainable prefix each or more; kinds as in `horizon.optim.adamw`."""
-
-    weights: Array
-    residual: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    grads: Array
-
-    @classmethod
-    def of_tensors(
-        cls, weights: Tensor, residual: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor
-    ) -> UpdateStates:
-        """Views of flat CPU tensors: bfloat16, int16, float32, float32, and bfloat16 or float32."""
-        return cls(*(_as_array(tensor) for tensor in (weights, residual, exp_avg, exp_avg_sq, grads)))
-
-    def arrays(self) -> UpdateArrays:
-        """The arrays in the order that an update takes them."""
-        return self.weights, self.residual, self.exp_avg, self.exp_avg_sq, self.grads
-
-    def check(self, num_trainable: int) -> None:
-        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look."""
-        kinds = ((np.uint16,), (np.uint16,), (np.float32,), (np.float32,), (np.uint16, np.float32))
-        for name, array, kind in zip(self.__slots__, self.arrays(), kinds, strict=True):
-            flat = array.ndim == 1 and array.flags.c_contiguous
-            if not flat or array.dtype not in kind or array.size < num_trainable:
-                expected = " or ".join(k.__name__ for k in kind)
-                raise RuntimeError(
-                    f"state {name} is {array.dtype} {list(array.shape)} ({'flat' if flat else 'not flat'}); "
-                    f"expected a flat {expected} array of at least {num_trainable} elements"
-                )
-
-
-def _as_array(tensor: Tensor) -> Array:
-    """A numpy view; 16-bit kinds as uint16 bits."""
-    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.itemsize == 2 else tensor.numpy()
 
 
 Work: TypeAlias = Callable[[int, UpdateArrays, StepScalars], None]  # of a chunk: its number, its arrays, the scalars
@@ -105,6 +65,8 @@ class _BlockUpdate:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
+    `seed` is that of the random bits with which moments of 16 or 8 bits are rounded.
+
     A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
     until it calls `release(block index)`, just before the new version is published. A failure is recorded in `ledger`
     naming the block, after which no further chunk is begun. Close the updater before freeing an array it may use.
@@ -123,6 +85,7 @@ class Updater:
         release: Callable[[int], None],
         chunk_elements: int = CHUNK_ELEMENTS,
         *,
+        seed: int = 0,
         timeline: Timeline | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
@@ -138,8 +101,11 @@ class Updater:
         self._release = release
         self._ledger = ledger
         self._adamw = adamw
+        self._seed = seed
         self._num_threads = num_threads
-        self._update = load_update()
+        self._moments = Moments(adamw.moments)
+        self._update = load_update(self._moments)
+        self._order = update_order(self._moments)
         self._timeline = timeline or Timeline()
         self._threads: list[threading.Thread] = []
         self._opening = threading.Lock()  # held while asking for a block's states
@@ -279,19 +245,22 @@ class Updater:
     def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk) -> None:
         arrays = block.arrays or self._open(block)
         scalars = block.decayed if chunk.decay else block.undecayed
-        weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
-        rewritten = sum(state.nbytes for state in (weights, residual, exp_avg, exp_avg_sq))
-        with self._timeline.update(block.layout.index, 2 * rewritten + grads.nbytes):
-            if block.work is None:
-                self._update(weights, residual, exp_avg, exp_avg_sq, grads, scalars)
+        parts = tuple(
+            array[state.span(chunk.start, chunk.stop)] for array, state in zip(arrays, self._order, strict=True)
+        )
+        with self._timeline.update(block.layout.index, traffic(parts)):
+            if block.work is not None:
+                block.work(number, parts, scalars)
+            elif self._moments is Moments.float32:
+                self._update(*parts, scalars)
             else:
-                block.work(number, (weights, residual, exp_avg, exp_avg_sq, grads), scalars)
+                self._update(*parts, scalars, noise(self._seed, block.step, block.layout.index, chunk.start))
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
         with self._opening:
             if block.arrays is None:
                 states = self._states(block.layout.index)
-                states.check(block.layout.num_trainable)
+                states.check(block.layout.num_trainable, self._moments)
                 block.arrays = states.arrays()
             return block.arrays
 
@@ -320,11 +289,19 @@ class Updater:
             self._wake.notify_all()
 
 
-def load_update() -> Update:
+def load_update(moments: Moments = Moments.float32) -> Update:
     """The numba kernel, or plain torch with one warning in the log where numba cannot be imported."""
     try:
         from horizon.optim.kernel import update_numba
+        from horizon.optim.narrow import narrow_update
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
         log.warning("numba is not available (%s): AdamW runs as plain torch operations, about ten times slower", error)
-        return update_torch
-    return update_numba
+        return TORCH_UPDATES[moments]
+    return update_numba if moments is Moments.float32 else narrow_update(moments)
+
+
+TORCH_UPDATES: dict[Moments, Update] = {
+    Moments.float32: update_torch,
+    Moments.bfloat16: update_torch_bfloat16,
+    Moments.int8: update_torch_int8,
+}

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from horizon.config.schema import Moments
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.units import GIB, MIB, format_bytes
 
-STATE_BYTES = {"weights": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4}
+MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
@@ -84,6 +86,7 @@ class MemoryNeeds:
     host_overhead: int  # process memory before the store exists
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
+    moments: Moments = Moments.float32
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -94,8 +97,7 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
     """
     parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
     plan = MemoryPlan(len(needs.layouts), parameters, fixed_lines(needs), limits)
-    fewer_blocks = ", fewer blocks in HBM (memory.hbm_blocks)" if needs.in_hbm else ""
-    check_fits(plan, f"a smaller model, fewer memory.weight_slots{fewer_blocks}")
+    check_fits(plan, f"a smaller model, {_remedy(plan, needs)}")
     return plan
 
 
@@ -103,12 +105,11 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     """The fixed memory of an engine, by tier and purpose."""
     on_host = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     on_device = [lay for lay in needs.layouts if lay.index in needs.in_hbm]
-    owned, trainable = (sum(getattr(lay, key) for lay in on_host) for key in ("num_elements", "num_trainable"))
-    gradients = "gradients" if needs.keeps_gradients else "gradient ring"
+    moments, gradients = MOMENTS[needs.moments], "gradients" if needs.keeps_gradients else "gradient ring"
     lines = [
-        Line("host", "weights (bf16)", owned * STATE_BYTES["weights"]),
-        Line("host", "residual (low halves)", owned * STATE_BYTES["residual"]),
-        Line("host", "exp_avg, exp_avg_sq (fp32)", trainable * (STATE_BYTES["exp_avg"] + STATE_BYTES["exp_avg_sq"])),
+        Line("host", "weights (bf16)", num_bytes(MASTER[:1], on_host)),
+        Line("host", "residual (low halves)", num_bytes(MASTER[1:], on_host)),
+        Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", num_bytes(moments, on_host)),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
@@ -116,18 +117,11 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         Line("device", "framework and buffers", needs.device_overhead),
     ]
     if on_device:
-        states = sum(state_bytes(lay) for lay in on_device)
         lines += [
-            Line("device", f"states of {len(on_device)} blocks", states),
+            Line("device", f"states of {len(on_device)} blocks", num_bytes((*MASTER, *moments), on_device)),
             Line("device", f"{gradients} of {len(on_device)} blocks", _gradient_bytes(needs, on_device)),
         ]
     return tuple(lines)
-
-
-def state_bytes(layout: BlockLayout) -> int:
-    """Bytes of a block's states, gradients not counted."""
-    kinds = STATE_BYTES.items()
-    return sum(n * (layout.num_trainable if kind.startswith("exp_avg") else layout.num_elements) for kind, n in kinds)
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
@@ -135,6 +129,15 @@ def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
     sizes = [lay.num_trainable for lay in layouts]
     kept = sum(sizes) if needs.keeps_gradients else RING_BUFFERS * max(sizes, default=0)
     return kept * needs.grad_dtype.itemsize
+
+
+def _remedy(plan: MemoryPlan, needs: MemoryNeeds) -> str:
+    """The setting that helps most where `plan` does not fit."""
+    if needs.in_hbm:  # with moments of fewer bits there could be no such blocks
+        return "fewer memory.weight_slots, fewer blocks in HBM (memory.hbm_blocks)"
+    if plan.num_bytes("host") > plan.limits.host and needs.moments is not Moments.int8:
+        return "optim.moments=int8"
+    return "fewer memory.weight_slots"
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:

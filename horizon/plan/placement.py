@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from horizon.config.schema import MemoryConfig, Policy
+from horizon.config.schema import MemoryConfig, Moments, Policy
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
@@ -56,8 +56,12 @@ class Placer:
         return replace(needs, in_hbm=needs.in_hbm & self.place(needs, limits, reserve).in_hbm)
 
 
-def read_policy(memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int) -> Placer:
-    """The settings, checked; on CPU, where HBM would be the same memory, `auto` is `dram`.
+def read_policy(
+    memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int, moments: Moments = Moments.float32
+) -> Placer:
+    """The settings, checked. On CPU, where HBM would be the same memory, `auto` is `dram`.
+
+    It is, too, where moments are not in fp32: the device updates no others.
 
     Args:
         can_update: the device can update blocks in its memory.
@@ -73,7 +77,13 @@ def read_policy(memory: MemoryConfig, device: torch.device, can_update: bool, nu
         raise ConfigError(f"memory.hbm_blocks={wanted} with memory.policy=dram, which has none there; use auto")
     if (wanted or policy is Policy.hbm_first) and not can_update:
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
-    if policy is Policy.auto and (device.type == "cpu" or not can_update):
+    if (wanted or policy is Policy.hbm_first) and moments is not Moments.float32:
+        setting = f"memory.hbm_blocks={wanted}" if wanted else "memory.policy=hbm_first"
+        raise ConfigError(
+            f"{setting} with optim.moments={moments}: blocks in HBM have float32 moments; use memory.policy=dram "
+            "(memory.hbm_blocks=null), or optim.moments=float32"
+        )
+    if policy is Policy.auto and (device.type == "cpu" or not can_update or moments is not Moments.float32):
         policy = Policy.dram
     return Placer(policy, wanted)
 

@@ -1,9 +1,9 @@
 """The host store: every parameter and optimizer state of the model, flat per block, in DRAM.
 
-`weights` (bf16, the high half of the fp32 master) is what streams to the device; `residual` is the low half;
-`exp_avg` and `exp_avg_sq` exist for trainable parameters only. Nothing is held twice: a parameter is read or written
-through the layout, by its Hugging Face name. Blocks that the placement names have all their states in device memory
-(`hbm`) instead, and none on the host.
+`horizon.plan.states` lists the kinds. `weights` (bf16, the high half of the fp32 master) is what streams to the device;
+`residual` is the low half; moments exist for trainable parameters only. Nothing is held twice: a parameter is read or
+written through the layout, by its Hugging Face name. Blocks that the placement names have all their states in device
+memory (`hbm`) instead, and none on the host.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence, Set
 import torch
 from torch import Tensor
 
+from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
+from horizon.plan.states import MASTER, MOMENTS, State
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
 from horizon.store.tiers import NOWHERE, TieredState
@@ -28,7 +30,7 @@ class HostStore:
     Attributes:
         weights: bf16 [num_elements] per block.
         residual: int16 [num_elements] per block.
-        exp_avg, exp_avg_sq: fp32 [num_trainable] per block.
+        moments: by name, in the order of `horizon.plan.states`, the flat tensors of all blocks.
         in_hbm: blocks whose states are on the device.
         ledger: how many optimizer steps the weights of each block have seen.
     """
@@ -40,28 +42,33 @@ class HostStore:
         pin_residual: bool,
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
+        moments: Moments = Moments.float32,
     ):
         self.layouts = tuple(layouts)
         self.in_hbm = frozenset(in_hbm)
         self._device = device
         self.ledger = Ledger(len(self.layouts))
-        owned = [lay.num_elements for lay in self.layouts]
-        trainable = [lay.num_trainable for lay in self.layouts]
         self._states: dict[str, TieredState] = {}
         try:
             # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
-            self.weights = self._allocate("weights", owned, torch.bfloat16, pin)
-            self.residual = self._allocate("residual", owned, torch.int16, pin and pin_residual)
-            self.exp_avg = self._allocate("exp_avg", trainable, torch.float32, False)
-            self.exp_avg_sq = self._allocate("exp_avg_sq", trainable, torch.float32, False)
+            weights, residual = MASTER
+            self.weights = self._allocate(weights, pin)
+            self.residual = self._allocate(residual, pin and pin_residual)
+            self.moments = {state.name: self._allocate(state, False) for state in MOMENTS[moments]}
         except BaseException:
             self.close()
             raise
         self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
 
-    def _allocate(self, kind: str, numels: Sequence[int], dtype: torch.dtype, pin: bool) -> list[Tensor]:
-        self._states[kind] = TieredState(numels, dtype, kind, pin, self._device, self.in_hbm)
-        return self._states[kind].blocks
+    def _allocate(self, state: State, pin: bool) -> list[Tensor]:
+        numels = [state.numel(lay) for lay in self.layouts]
+        self._states[state.name] = TieredState(numels, state.dtype, state.name, pin, self._device, self.in_hbm)
+        return self._states[state.name].blocks
+
+    def states(self, block: int) -> dict[str, Tensor]:
+        """All flat tensors of a block, by name."""
+        moments = {name: blocks[block] for name, blocks in self.moments.items()}
+        return {"weights": self.weights[block], "residual": self.residual[block], **moments}
 
     def keep_in_hbm(self, in_hbm: Set[int]) -> None:
         """Have the states of exactly these blocks on the device; nobody may be reading or updating any.
@@ -111,6 +118,6 @@ class HostStore:
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
-        self.weights, self.residual, self.exp_avg, self.exp_avg_sq = [], [], [], []
+        self.weights, self.residual, self.moments = [], [], {}
         for state in self._states.values():
             state.close()

@@ -55,6 +55,7 @@ def test_a_setting_that_cannot_work_is_named(build, fails, tools, settings, mess
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"eps": 0.0}, "eps must be finite and > 0"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0"),
+        ({"moments": "fp8"}, "optim.moments='fp8': expected one of float32, bfloat16, int8"),
     ],
     ids=str,
 )

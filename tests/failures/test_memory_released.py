@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from horizon import AdamW
 from horizon.errors import BudgetError, CheckpointError
 from horizon.plan.machine import process_bytes
 from horizon.store import arena
@@ -50,6 +51,14 @@ def test_memory_that_is_refused_while_building_gives_back_what_came_before(
     mappings.refuse = number
     with fails(BudgetError, rf"the system refuses .* of host memory for {purpose} \(Cannot allocate memory\)"):
         build(max_grad_norm=max_grad_norm, self_check=False)
+    assert (mappings.number, mappings.left()) == (number, 0)
+
+
+@pytest.mark.parametrize(("number", "purpose"), [(4, "exp_avg_sq"), (6, "exp_avg_sq_scale"), (7, "grads")])
+def test_memory_that_is_refused_for_int8_moments(build, fails, mappings, number, purpose):
+    mappings.refuse = number
+    with fails(BudgetError, rf"the system refuses .* of host memory for {purpose} \("):
+        build(optimizer=AdamW(moments="int8"), self_check=False)
     assert (mappings.number, mappings.left()) == (number, 0)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import horizon
+from horizon.config.schema import Moments
 from horizon.layout import ParamSpec, place_block
 from horizon.optim.adamw import AdamW, step_scalars
 from horizon.optim.device import StateTensors, load_device_update
-from horizon.plan.memory import state_bytes
+from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.store.split import split_master
 from horizon.units import MIB
 from tests.gpu.models import DEVICE, EAGER, batches, build, differing, engine
@@ -173,7 +174,8 @@ def test_planned_is_measured(num_blocks):
     assert planned - 512 * MIB <= measured <= planned + 256 * MIB
     everything = medium(placed(0, recompute="full"))[2]
     with engine(MEDIUM, memory=placed(0)) as streamed:
-        moved = sum(state_bytes(lay) for lay in streamed._runtime.model.layouts if lay.index in in_hbm)
+        layouts = [lay for lay in streamed._runtime.model.layouts if lay.index in in_hbm]
+        moved = num_bytes((*MASTER, *MOMENTS[Moments.float32]), layouts)
     assert abs(everything - moved - on_host) < 16 * MIB
 
 

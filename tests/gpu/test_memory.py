@@ -87,7 +87,7 @@ def test_engines_come_and_go_in_one_process_and_leave_nothing():
         with engine(model, compute_dtype="float32") as streamed:
             store = streamed._runtime.store
             assert all(block.is_pinned() for block in (*store.weights, *store.residual) if block.numel())
-            assert not store.exp_avg[0].is_pinned()
+            assert not store.moments["exp_avg"][0].is_pinned()
             found.append(gradients(streamed, step))
         del streamed, store
         gc.collect()

@@ -10,7 +10,7 @@ import horizon.optim.updater as updater_module
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.optim.adamw import AdamW, step_scalars, update_torch
 from horizon.optim.kernel import compile_kernel, update_numba
-from horizon.optim.updater import UpdateStates
+from horizon.optim.states import UpdateStates
 from horizon.store.split import join_master, split_master
 
 # where torch fuses multiply-adds is up to its build; ours stand where its AVX-512 build has them

@@ -25,6 +25,7 @@ class FakeUpdater:
 
     def __init__(self):
         self.chunks, self.calls = {0: (), 1: (), 2: ()}, []
+        self.num_blocks = len(self.chunks)
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: self.calls.append((name, *args))

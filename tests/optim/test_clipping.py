@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from horizon.config.schema import Clip, OnNonFinite
 from horizon.errors import ConfigError, NonFiniteError
+from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping, clip_scale, global_norm
 
 
@@ -41,3 +43,13 @@ def test_a_maximum_that_is_not_positive_is_refused(value):
 def test_a_positive_maximum_or_none_passes():
     Clipping(None)
     Clipping(1.0)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_only_float32_moments_can_be_taken_back(moments):
+    adamw = AdamW(moments=moments)
+    with pytest.raises(ConfigError, match=rf"clip=speculative .*{moments}; set optim.moments=float32, or optim.clip="):
+        Clipping(1.0, Clip.speculative).check(adamw, OnNonFinite.stop)
+    Clipping(1.0, Clip.speculative).check(AdamW(), OnNonFinite.stop)
+    for mode in (Clip.exact, Clip.lagged):
+        Clipping(1.0, mode).check(adamw, OnNonFinite.stop)

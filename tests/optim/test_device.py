@@ -50,6 +50,9 @@ class States:
     def __call__(self, index):
         return self.tensors[index]
 
+    def by_name(self, index):
+        return self.tensors[index]._asdict()
+
     def bits(self):
         return {
             (index, name): tensor.view(torch.int16).clone()
@@ -62,7 +65,7 @@ def trained(in_hbm, grad_dtype=torch.bfloat16, by_block=False, steps=3):
     """States after some steps, updated on the tiers where `in_hbm` puts their blocks."""
     states, ledger = States(LAYOUTS, grad_dtype), Ledger(len(LAYOUTS))
     updater = make_updater(
-        LAYOUTS, in_hbm, states, ledger, ADAMW, 2, Streams.on(CPU), lambda block: states.released.append(block)
+        LAYOUTS, in_hbm, states.by_name, ledger, ADAMW, 2, Streams.on(CPU), lambda block: states.released.append(block)
     )
     for step in range(1, steps + 1):
         if by_block:
@@ -91,7 +94,9 @@ def test_an_update_has_the_same_bits_on_either_tier(in_hbm, grad_dtype, by_block
 
 
 def test_blocks_on_the_host_only_need_no_second_updater():
-    made = make_updater(LAYOUTS, set(), States(LAYOUTS), Ledger(4), ADAMW, 1, Streams.on(CPU), lambda block: None)
+    made = make_updater(
+        LAYOUTS, set(), States(LAYOUTS).by_name, Ledger(4), ADAMW, 1, Streams.on(CPU), lambda block: None
+    )
     assert isinstance(made, Updater)
 
 
@@ -167,7 +172,9 @@ def test_the_block_by_block_updates_of_two_tiers_go_to_different_threads():
     """The host's are queued for its threads; the device's are over when the call returns."""
     states, ledger = States(LAYOUTS), Ledger(4)
     threads = {}
-    updater = make_updater(LAYOUTS, {0}, states, ledger, ADAMW, 1, Streams.on(CPU), lambda b: threads.update({b: me()}))
+    updater = make_updater(
+        LAYOUTS, {0}, states.by_name, ledger, ADAMW, 1, Streams.on(CPU), lambda b: threads.update({b: me()})
+    )
     updater.submit_block(0, 1, 1e-2)
     assert ledger.version(0) == 1
     updater.submit_block(2, 1, 1e-2)

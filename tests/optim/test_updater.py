@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 import time
 
@@ -7,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from horizon.config.schema import Moments
 from horizon.errors import HorizonError, NonFiniteError
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW, step_scalars, update_torch
 from horizon.optim.chunks import cut_chunks
-from horizon.optim.updater import Updater, UpdateStates
+from horizon.optim.states import UpdateStates
+from horizon.optim.updater import Updater
+from horizon.plan.states import MOMENTS
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
 
@@ -28,16 +32,16 @@ def block(index, shapes=SHAPES, trainable=True):
 class Host:
     """The states of some blocks, random but for zeroed padding."""
 
-    def __init__(self, layouts, grad_dtype=torch.bfloat16):
+    def __init__(self, layouts, grad_dtype=torch.bfloat16, moments=Moments.float32):
         random = np.random.default_rng(0)
         self.states, self.asked, self.released = {}, [], []
         for layout in layouts:
             real = real_elements(layout)
             values = np.where(real, random.standard_normal((2, layout.num_elements)), 0).astype(np.float32)
             hi, lo = split_master(torch.from_numpy(values[0] * 0.02))
-            moments = torch.zeros(2, layout.num_trainable)
+            kept = {state.name: torch.zeros(state.numel(layout), dtype=state.dtype) for state in MOMENTS[moments]}
             grads = torch.from_numpy(values[1, : layout.num_trainable]).to(grad_dtype)
-            self.states[layout.index] = UpdateStates.of_tensors(hi, lo, moments[0], moments[1], grads)
+            self.states[layout.index] = UpdateStates.of_tensors(hi, lo, grads=grads, **kept)
 
     def __call__(self, index):
         self.asked.append(index)
@@ -59,13 +63,25 @@ def masters(states):
     return join_master(*(torch.from_numpy(array.view(np.int16)) for array in states.arrays()[:2]))
 
 
-def updater_of(layouts, states, ledger, num_threads, release=lambda _: None, chunk_elements=1 << 21):
-    return Updater(layouts, states, ledger, ADAMW, num_threads, release, chunk_elements)
+def updater_of(layouts, states, ledger, num_threads, release=lambda _: None, chunk_elements=1 << 21, **settings):
+    seed = settings.pop("seed", 0)
+    adamw = dataclasses.replace(ADAMW, **settings)
+    return Updater(layouts, states, ledger, adamw, num_threads, release, chunk_elements, seed=seed)
 
 
-def train(layouts, num_threads, steps=3, chunk_elements=1 << 21, grad_dtype=torch.bfloat16):
-    host, ledger = Host(layouts, grad_dtype), Ledger(len(layouts))
-    updater = updater_of(layouts, host, ledger, num_threads, host.released.append, chunk_elements)
+def train(
+    layouts,
+    num_threads,
+    steps=3,
+    chunk_elements=1 << 21,
+    grad_dtype=torch.bfloat16,
+    moments=Moments.float32,
+    seed=0,
+):
+    host, ledger = Host(layouts, grad_dtype, moments), Ledger(len(layouts))
+    updater = updater_of(
+        layouts, host, ledger, num_threads, host.released.append, chunk_elements, moments=moments, seed=seed
+    )
     for step in range(1, steps + 1):
         updater.submit(step, lr=ADAMW.lr / step, grad_scale=0.5)
     updater.wait()
@@ -80,12 +96,56 @@ def assert_same(first, second):
         np.testing.assert_array_equal(got.view(np.uint8), expected.view(np.uint8))
 
 
+@pytest.mark.parametrize("moments", Moments)
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_threads, chunk_elements", [(1, 64), (2, 128), (4, 64), (3, 1 << 21)])
-def test_threads_and_chunks_do_not_change_a_bit(num_threads, chunk_elements, grad_dtype):
+def test_threads_and_chunks_do_not_change_a_bit(num_threads, chunk_elements, grad_dtype, moments):
     layouts = [block(index) for index in range(4)]
-    reference = train(layouts, num_threads=1, grad_dtype=grad_dtype)
-    assert_same(train(layouts, num_threads, chunk_elements=chunk_elements, grad_dtype=grad_dtype), reference)
+    reference = train(layouts, num_threads=1, grad_dtype=grad_dtype, moments=moments)
+    assert_same(train(layouts, num_threads, 3, chunk_elements, grad_dtype, moments), reference)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.booleans(), st.booleans()), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from(Moments),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_layout_lets_threads_or_chunks_change_a_bit(params, num_threads, multiple, moments):
+    specs = [ParamSpec(f"p{i}", f"p{i}", (n,), trainable, decay) for i, (n, trainable, decay) in enumerate(params)]
+    layouts = [place_block(0, "block", specs)]
+    reference = train(layouts, 1, 2, moments=moments) if layouts[0].trainable else None
+    if reference is not None:
+        assert_same(train(layouts, num_threads, 2, multiple * PARAM_ALIGN, moments=moments), reference)
+
+
+def train_equal_blocks(moments, seed=0, interrupted=False):
+    """Two blocks with equal weights and gradients after two steps."""
+    layouts = [block(index, [(64, 64)]) for index in range(2)]
+    host, ledger = Host(layouts, moments=moments), Ledger(2)
+    for mine, other in zip(host.states[1].arrays(), host.states[0].arrays(), strict=True):
+        mine[:] = other
+    updater = updater_of(layouts, host, ledger, 2, moments=moments, seed=seed)
+    for step in (1, 2):
+        updater.submit(step, lr=ADAMW.lr / step, grad_scale=0.5)
+        if interrupted:
+            updater.wait()
+            updater.close()
+            updater = updater_of(layouts, host, ledger, 2, moments=moments, seed=seed)
+    updater.wait()
+    updater.close()
+    return host
+
+
+@pytest.mark.parametrize("moments", [Moments.bfloat16, Moments.int8])
+def test_what_a_rounding_depends_on(moments):
+    first = train_equal_blocks(moments)
+    assert_same(train_equal_blocks(moments), first)
+    assert_same(train_equal_blocks(moments, interrupted=True), first)
+    kept, next_block = (first.states[index].exp_avg_sq for index in (0, 1))
+    other_seed = train_equal_blocks(moments, seed=1).states[0].exp_avg_sq
+    assert 0.01 < (kept != next_block).mean() < 1 and 0.01 < (kept != other_seed).mean() < 1
 
 
 def test_every_parameter_is_updated_as_torch_would():
@@ -108,14 +168,15 @@ def test_every_parameter_is_updated_as_torch_would():
         torch.testing.assert_close(trained[placed.offset : placed.end], param.detach(), rtol=3e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("moments", Moments)
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_padding_is_not_touched_whatever_lies_in_the_gradients_padding(num_threads):
+def test_padding_is_not_touched_whatever_lies_in_the_gradients_padding(num_threads, moments):
     layouts = [block(0)]
-    host, ledger = Host(layouts), Ledger(1)
+    host, ledger = Host(layouts, moments=moments), Ledger(1)
     padding = ~real_elements(layouts[0])[: layouts[0].num_trainable]
     assert padding.any()
     host.states[0].grads[padding] = 0x7FC0  # NaN
-    updater = updater_of(layouts, host, ledger, num_threads)
+    updater = updater_of(layouts, host, ledger, num_threads, moments=moments)
     updater.submit(1, 1e-2, 1.0)
     updater.wait()
     updater.close()
@@ -318,7 +379,7 @@ def test_a_step_is_submitted_once_and_with_finite_numbers():
 def test_the_torch_path_gives_the_same_through_the_updater(monkeypatch):
     layouts = [block(index, [(48, 3), (64,), (16, 16)]) for index in range(2)]
     reference = train(layouts, num_threads=2)
-    monkeypatch.setattr("horizon.optim.updater.load_update", lambda: update_torch)
+    monkeypatch.setattr("horizon.optim.updater.load_update", lambda *_: update_torch)
     for got, expected in zip(
         train(layouts, num_threads=2, chunk_elements=64).states.values(), reference.states.values(), strict=True
     ):

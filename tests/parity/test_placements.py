@@ -229,7 +229,7 @@ def test_blocks_do_not_move_while_their_update_is_under_way(tied, clip, monkeypa
         update(*arguments)
 
     expected, weights = undisturbed(deep(tied), 0, max_grad_norm=clip)
-    monkeypatch.setattr(updater, "load_update", lambda: slow)
+    monkeypatch.setattr(updater, "load_update", lambda *_: slow)
     with engine_for(deep(tied), memory=MemoryConfig(policy="hbm_first"), max_grad_norm=clip) as engine:
         runtime, found = engine._runtime, []
         for batches, in_hbm in zip(steps(), ({0, 1}, {5}, set(), {0}), strict=True):

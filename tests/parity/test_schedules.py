@@ -86,7 +86,7 @@ def test_a_slow_optimizer(tied, clip, monkeypatch):
         time.sleep(0.004)
         update(*arguments)
 
-    monkeypatch.setattr(updater, "load_update", lambda: slow)
+    monkeypatch.setattr(updater, "load_update", lambda *_: slow)
     found, slow_weights = undisturbed(tied, max_grad_norm=clip)
     assert found == expected
     assert_same_tensors(slow_weights, weights)

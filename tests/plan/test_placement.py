@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horizon import MemoryConfig
-from horizon.config.schema import Policy
+from horizon.config.schema import Moments, Policy
 from horizon.errors import BudgetError, ConfigError
 from horizon.layout import ParamSpec, place_block
 from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines, plan_memory
@@ -165,6 +165,17 @@ def test_settings_that_cannot_work_are_refused(memory, can_update, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_policy(MemoryConfig(**memory), GPU, can_update, num_blocks=4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("moments", [Moments.bfloat16, Moments.int8])
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_moments_in_fewer_bits_stay_on_the_host(device, moments):
+    for memory in ({}, {"policy": "dram"}, {"hbm_blocks": 0}):
+        placer = read_policy(MemoryConfig(**memory), device, True, 4, moments)
+        assert placer.place(needs(), Limits(1 << 50, 1 << 50), 0).in_hbm == set() and not placer.moves
+    for memory, setting in (({"policy": "hbm_first"}, "policy=hbm_first"), ({"hbm_blocks": 1}, "hbm_blocks=1")):
+        with pytest.raises(ConfigError, match=rf"memory.{setting} with optim.moments={moments}.*memory.policy=dram"):
+            read_policy(MemoryConfig(**memory), device, True, 4, moments)
 
 
 def test_activations_of_unknown_batches_get_a_quarter_of_a_large_device():

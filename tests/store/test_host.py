@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
 from horizon.layout import ParamSpec, place_block
 from horizon.store import tiers
@@ -60,22 +61,35 @@ def test_a_read_value_is_a_copy(store):
     assert torch.equal(store.read_master("layer.w"), torch.zeros(8, 300))
 
 
-def test_states_have_the_layouts_sizes_and_start_at_zero(store):
+PER_64 = {  # trainable elements
+    "float32": {"exp_avg": (torch.float32, 64), "exp_avg_sq": (torch.float32, 64)},
+    "bfloat16": {"exp_avg": (torch.bfloat16, 64), "exp_avg_sq": (torch.bfloat16, 64)},
+    "int8": {
+        "exp_avg": (torch.uint8, 64),
+        "exp_avg_sq": (torch.uint8, 64),
+        "exp_avg_scale": (torch.float32, 1),
+        "exp_avg_sq_scale": (torch.float32, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("moments", Moments)
+def test_states_have_the_formats_sizes_and_start_at_zero(moments):
+    store = HostStore(LAYOUTS, pin=False, pin_residual=False, moments=moments)
+    bytes_needed = dict.fromkeys(("weights", "residual", *PER_64[moments]), 0)
     for layout in LAYOUTS:
-        b = layout.index
-        assert store.weights[b].shape == store.residual[b].shape == (layout.num_elements,)
-        assert store.exp_avg[b].shape == store.exp_avg_sq[b].shape == (layout.num_trainable,)
-        kinds = [state[b].dtype for state in (store.weights, store.residual, store.exp_avg, store.exp_avg_sq)]
-        assert kinds == [torch.bfloat16, torch.int16, torch.float32, torch.float32]
-        assert not any(bool(s[b].any()) for s in (store.residual, store.exp_avg, store.exp_avg_sq))
-
-
-def test_num_bytes_counts_what_the_layouts_need_up_to_the_rounding_of_a_mapping(store):
-    owned, trainable = (sum(getattr(lay, key) for lay in LAYOUTS) for key in ("num_elements", "num_trainable"))
-    needed = {"weights": 2 * owned, "residual": 2 * owned, "exp_avg": 4 * trainable, "exp_avg_sq": 4 * trainable}
-    for kind, num_bytes in store.num_bytes.items():
-        assert 0 <= num_bytes - needed.pop(kind) < HUGE_PAGE
-    assert not needed
+        expected = {"weights": (torch.bfloat16, layout.num_elements), "residual": (torch.int16, layout.num_elements)}
+        for name, (dtype, numbers) in PER_64[moments].items():
+            expected[name] = dtype, numbers * layout.num_trainable // 64
+        found = store.states(layout.index)
+        assert {name: (state.dtype, state.numel()) for name, state in found.items()} == expected
+        assert not any(bool(state.view(torch.uint8).any()) for state in found.values())
+        for name, state in found.items():
+            bytes_needed[name] += state.nbytes
+    assert list(store.num_bytes) == list(bytes_needed)
+    for name, num_bytes in store.num_bytes.items():
+        assert 0 <= num_bytes - bytes_needed[name] < HUGE_PAGE  # up to the rounding of a mapping
+    store.close()
 
 
 def test_an_unknown_name_is_refused_by_name(store):
@@ -114,4 +128,4 @@ def test_when_one_state_does_not_fit_the_others_are_given_back(monkeypatch):
 def test_close_may_be_called_again(store):
     store.close()
     store.close()
-    assert store.weights == []
+    assert store.weights == [] and store.moments == {}
