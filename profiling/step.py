@@ -118,6 +118,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             hbm_blocks=args.hbm_blocks,
         ),
         max_grad_norm=args.max_grad_norm or None,
+        clip=args.clip,
         device="cuda",
         self_check=False,
     )
@@ -139,7 +140,8 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "planned_host_gib": engine.plan.num_bytes("host") / GIB,
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
                 "policy": args.policy, "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
-                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm, "split": split,
+                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm,
+                "clip": args.clip, "split": split,
             }  # fmt: skip
 
 
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=0, help="rows; 0: the most that fits")
     parser.add_argument("--resident-rows", type=int, default=16, help="rows per micro-batch of the baseline")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
+    parser.add_argument("--clip", choices=["exact", "speculative", "lagged"], default="exact")
     parser.add_argument("--systems", nargs="+", default=["streamed", "resident"])
     parser.add_argument("--out", type=Path, help="append result rows (JSON lines) here")
     parser.add_argument("--trace", type=Path, help="write the timeline of one steady step here (for Perfetto)")
