@@ -61,17 +61,17 @@ def rows_of(vocab: int, rows: int, seq_len: int, micro_batch: int) -> list[dict[
     return [{"input_ids": part, "labels": part} for part in tokens.split(micro_batch)]
 
 
-def seconds_per_step(step: Callable[[], object], num_steps: int) -> float:
-    """Median of the steps after two warm-up steps."""
+def seconds_per_step(step: Callable[[], object], num_steps: int, num_warmup: int = 2) -> float:
+    """Median of the steps after the warm-up."""
     times = []
-    for _ in range(num_steps + 2):
+    for _ in range(num_steps + num_warmup):
         torch.cuda.synchronize()
         started = time.perf_counter()
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     print("   steps:", " ".join(f"{t:.3f}" for t in times), flush=True)
-    return statistics.median(times[2:])
+    return statistics.median(times[num_warmup:])
 
 
 def resident(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
@@ -98,7 +98,7 @@ def resident(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 model(**batch, use_cache=False).loss.backward()
             model.zero_grad(set_to_none=True)
 
-        seconds = seconds_per_step(step, args.steps)
+        seconds = seconds_per_step(step, args.steps, 2 if tokens == args.tokens[0] else 1)
         yield {
             "system": "resident", "tokens": tokens, "seconds": seconds, "num_parameters": num_parameters,
             "device_gib": torch.cuda.max_memory_reserved() / GIB, "micro_batch": min(rows, args.resident_rows),
@@ -128,7 +128,8 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             rows = tokens // args.seq_len
             micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
-            seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps)
+            warmup = args.warmup if tokens == args.tokens[0] else 1
+            seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps, warmup)
             split = recorded(engine, batches, args, tokens) if args.trace else None
             print(engine.plan.table(), flush=True)
             num_parameters = engine.plan.num_parameters
@@ -182,7 +183,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768], help="tokens per step")
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after two for warm-up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after those for warm-up")
+    parser.add_argument("--warmup", type=int, default=2, help="with clip=speculative 12: the moments must be in swing")
     parser.add_argument("--device-budget", default="24GiB")
     parser.add_argument("--weight-slots", type=int, default=2)
     parser.add_argument("--policy", choices=["auto", "dram", "hbm_first"], default="auto")
