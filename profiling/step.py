@@ -128,8 +128,10 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             rows = tokens // args.seq_len
             micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
-            warmup = args.warmup if tokens == args.tokens[0] else 1
-            seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps, warmup)
+            warmup, results = args.warmup if tokens == args.tokens[0] else 1, []
+            seconds = seconds_per_step(
+                lambda batches=batches, results=results: results.append(engine.step(batches)), args.steps, warmup
+            )
             split = recorded(engine, batches, args, tokens) if args.trace else None
             print(engine.plan.table(), flush=True)
             num_parameters = engine.plan.num_parameters
@@ -143,6 +145,8 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "policy": args.policy, "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
                 "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm,
                 "clip": args.clip, "split": split,
+                "clip_scales": [result.clip_scale for result in results],
+                "corrected_blocks": [result.corrected_blocks for result in results],
             }  # fmt: skip
 
 
