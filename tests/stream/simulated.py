@@ -28,12 +28,14 @@ from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause, StepTimeline, Timeline
 from tests.stream.steps import HIDDEN, ROWS, TOKENS, filled_store, micro_batches
 
+SMALL = 64  # elements: the loss and the norms of a block are fewer, and take no time
+
 
 @dataclass(frozen=True)
 class Durations:
     kernel: int = 10  # a forward of a block, and a backward of one without the forward that may come before it
     fetch: int = 4  # each copy to the device
-    drain: int = 3  # each copy to the host, but for the loss
+    drain: int = 3  # each copy to the host
     issue: int = 0  # of the host, for each of these
     data: int = 0  # of the caller, before a step
     published: Mapping[int, int] = field(default_factory=dict)  # when a block's update is done; missing: before
@@ -117,8 +119,8 @@ class SimulatedStreams(Streams):
         self.compute.work(self.durations.kernel)
 
     def copy(self, stream: Any, target: Tensor, source: Tensor) -> None:
-        self.clock.host += self.durations.issue
-        if source.numel() > 1:  # the loss takes no time
+        if source.numel() >= SMALL:
+            self.clock.host += self.durations.issue
             stream.work(self.durations.fetch if stream is self.fetch else self.durations.drain)
         super().copy(stream, target, source)
 
@@ -155,7 +157,7 @@ class LastLanding:
     def turned(self, loss: Tensor, event: Any) -> None:
         pass
 
-    def landed(self, block: int, event: Any) -> None:
+    def landed(self, block: int, event: Any, norms: Tensor) -> None:
         self.event = event
 
 
