@@ -34,6 +34,8 @@ class StepRow:
     host_bytes: int  # measured after the step
     device_bytes: int
     skipped: bool  # the gradients were not finite and the weights stayed (train.on_nonfinite=skip)
+    clip_scale: float  # what the gradients were multiplied by; below 1: clipped
+    corrected_blocks: int  # updated before the norm was known, and again because it clipped (optim.clip=speculative)
     time: float  # when the step ended, seconds since 1970
 
 
@@ -79,6 +81,9 @@ class RunSummary:
     seconds: float  # in steps, without evaluation and saving
     tokens_per_s: float
     loss: float  # of the last step
+    clip: str  # how gradients were clipped: none, exact, speculative, or "lagged clipping: not exact"
+    clipped_steps: int
+    corrected_blocks: int  # of all steps
     validation_loss_before: float | None  # None: no rows were held out, or train.eval_rows=0
     validation_loss_after: float | None
     sample_before: str | None  # None: train.sample_tokens=0

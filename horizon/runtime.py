@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,9 +246,8 @@ class Runtime:
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         kept = self.buffers.kept
-        fixed, idle = self._with_fewest_in_hbm(kept)
-        rows = rows or self.guarded(
-            lambda: self._activations.choose_rows(fixed, batch_size, seq_len, idle, self.version)
+        rows = rows or self._leaving_room(
+            kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, self.version)
         )
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
         if self._placer.moves:
@@ -284,18 +284,28 @@ class Runtime:
         self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]
     ) -> None:
         """Move blocks, as `place` says, so that the activations of such a step find room."""
-        fixed, idle = self._with_fewest_in_hbm(borrow)
         keeps = self._placer.policy is Policy.auto
-        self._reserve = self.guarded(lambda: self._activations.device_bytes(fixed, shapes, idle, self.version, keeps))
+        self._reserve = self._leaving_room(
+            borrow, lambda plan, idle: self._activations.device_bytes(plan, shapes, idle, self.version, keeps)
+        )
         needs = place(self._needs, self.plan.limits, self._reserve)
         if needs != self._needs:
             self._rearrange(needs)
         self._placed_for = shapes
 
-    def _with_fewest_in_hbm(self, borrow: bool) -> tuple[MemoryPlan, list[int]]:
-        """The plan, and the idle bytes, had activations all the room that states can leave them."""
-        needs = self._placer.place(self._needs, self.plan.limits, self.plan.limits.device)
-        return plan_memory(needs, self.plan.limits), self._idle_bytes(needs, borrow)
+    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> T:
+        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations.
+
+        Raises:
+            BudgetError: it finds no room even with the fewest.
+        """
+        *more, fewest = self._placer.bases(self._needs, self.plan.limits)
+        for needs in more:
+            with suppress(BudgetError):
+                plan, idle = plan_memory(needs, self.plan.limits), self._idle_bytes(needs, borrow)
+                return self.guarded(partial(work, plan, idle))
+        plan, idle = plan_memory(fewest, self.plan.limits), self._idle_bytes(fewest, borrow)
+        return self.guarded(partial(work, plan, idle))
 
     def _idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
         """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""

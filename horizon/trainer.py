@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from horizon.check import check_model
-from horizon.config.schema import HorizonConfig
+from horizon.config.schema import Clip, HorizonConfig
 from horizon.data import Loader, TextData, load_data
 from horizon.errors import ConfigError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
 from horizon.optim.adamw import AdamW
+from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
@@ -53,6 +54,7 @@ class Trainer:
         """
         check_settings(config)
         self.config = config
+        self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.trace_path = self.output_dir / "trace.json"
@@ -117,6 +119,9 @@ class Trainer:
             seconds=seconds,
             tokens_per_s=sum(row.num_tokens for row in self.rows) / seconds,
             loss=self.rows[-1].loss,
+            clip=self._clipping.note,
+            clipped_steps=sum(row.clip_scale < 1 for row in self.rows),
+            corrected_blocks=sum(row.corrected_blocks for row in self.rows),
             validation_loss_before=loss_before,
             validation_loss_after=loss_after,
             sample_before=sample_before,
@@ -130,9 +135,10 @@ class Trainer:
     def _train(self, engine: Engine, loader: Loader) -> StepSplit:
         """All steps, a few of which are recorded: where their time went."""
         num_steps = self.config.train.steps
+        note = self._clipping.note if self._clipping.mode is Clip.lagged else ""
         first, last = recorded_steps(num_steps)
         files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
-        with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps) as display:
+        with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps, note=note) as display:
 
             def train_until(step: int) -> None:
                 while len(self.rows) < step:
@@ -177,6 +183,8 @@ class Trainer:
             host_bytes=engine.host_bytes,
             device_bytes=engine.device_bytes,
             skipped=result.skipped,
+            clip_scale=result.clip_scale,
+            corrected_blocks=result.corrected_blocks,
             time=time.time(),
         )
 
@@ -198,6 +206,9 @@ class Trainer:
 
     def _print_end(self, summary: RunSummary) -> None:
         print(f"{summary.steps} steps, {summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s")
+        if self._clipping.mode is not Clip.exact:
+            corrected = f", {summary.corrected_blocks} updates of blocks corrected" if summary.corrected_blocks else ""
+            print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
         print(describe_split(summary.split))
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
         if summary.trace_file is not None:
@@ -260,6 +271,7 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
         ),
         "memory": config.memory,
         "max_grad_norm": optim.max_grad_norm,
+        "clip": optim.clip,
         "device": config.device,
         "compute_dtype": config.compute_dtype,
         "kernels": config.kernels,

@@ -61,17 +61,17 @@ def rows_of(vocab: int, rows: int, seq_len: int, micro_batch: int) -> list[dict[
     return [{"input_ids": part, "labels": part} for part in tokens.split(micro_batch)]
 
 
-def seconds_per_step(step: Callable[[], object], num_steps: int) -> float:
-    """Median of the steps after two warm-up steps."""
+def seconds_per_step(step: Callable[[], object], num_steps: int, num_warmup: int = 2) -> float:
+    """Median of the steps after the warm-up."""
     times = []
-    for _ in range(num_steps + 2):
+    for _ in range(num_steps + num_warmup):
         torch.cuda.synchronize()
         started = time.perf_counter()
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     print("   steps:", " ".join(f"{t:.3f}" for t in times), flush=True)
-    return statistics.median(times[2:])
+    return statistics.median(times[num_warmup:])
 
 
 def resident(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
@@ -98,7 +98,7 @@ def resident(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 model(**batch, use_cache=False).loss.backward()
             model.zero_grad(set_to_none=True)
 
-        seconds = seconds_per_step(step, args.steps)
+        seconds = seconds_per_step(step, args.steps, 2 if tokens == args.tokens[0] else 1)
         yield {
             "system": "resident", "tokens": tokens, "seconds": seconds, "num_parameters": num_parameters,
             "device_gib": torch.cuda.max_memory_reserved() / GIB, "micro_batch": min(rows, args.resident_rows),
@@ -118,6 +118,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             hbm_blocks=args.hbm_blocks,
         ),
         max_grad_norm=args.max_grad_norm or None,
+        clip=args.clip,
         device="cuda",
         self_check=False,
     )
@@ -127,7 +128,10 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             rows = tokens // args.seq_len
             micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
-            seconds = seconds_per_step(lambda batches=batches: engine.step(batches), args.steps)
+            warmup, results = args.warmup if tokens == args.tokens[0] else 1, []
+            seconds = seconds_per_step(
+                lambda batches=batches, results=results: results.append(engine.step(batches)), args.steps, warmup
+            )
             split = recorded(engine, batches, args, tokens) if args.trace else None
             print(engine.plan.table(), flush=True)
             num_parameters = engine.plan.num_parameters
@@ -140,7 +144,10 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
                 "moments": args.moments, "policy": args.policy,
                 "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
-                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm, "split": split,
+                "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm,
+                "clip": args.clip, "split": split,
+                "clip_scales": [result.clip_scale for result in results],
+                "corrected_blocks": [result.corrected_blocks for result in results],
             }  # fmt: skip
 
 
@@ -182,7 +189,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768], help="tokens per step")
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after two for warm-up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after those for warm-up")
+    parser.add_argument("--warmup", type=int, default=2, help="with clip=speculative 12: the moments must be in swing")
     parser.add_argument("--device-budget", default="24GiB")
     parser.add_argument("--weight-slots", type=int, default=2)
     parser.add_argument("--moments", choices=["float32", "bfloat16", "int8"], default="float32")
@@ -191,6 +199,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=0, help="rows; 0: the most that fits")
     parser.add_argument("--resident-rows", type=int, default=16, help="rows per micro-batch of the baseline")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
+    parser.add_argument("--clip", choices=["exact", "speculative", "lagged"], default="exact")
     parser.add_argument("--systems", nargs="+", default=["streamed", "resident"])
     parser.add_argument("--out", type=Path, help="append result rows (JSON lines) here")
     parser.add_argument("--trace", type=Path, help="write the timeline of one steady step here (for Perfetto)")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from horizon.config.compose import compose
-from horizon.config.schema import Moments
+from horizon.config.schema import Clip, Moments
 from horizon.data import load_data
 from horizon.errors import CheckpointError
 from horizon.trainer import Trainer, validation_batches
@@ -119,6 +119,30 @@ def test_moments_in_eight_bits_learn_the_same(trained, tmp_path, capsys):
     assert "exp_avg, exp_avg_sq (int8, scales)" in capsys.readouterr().out
     assert found.validation_loss_after != summary.validation_loss_after
     assert found.validation_loss_after == pytest.approx(summary.validation_loss_after, abs=0.05)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_other_ways_to_clip_learn_as_well_and_tell_what_they_did(trained, tmp_path):
+    out, config, _ = trained
+    config = dataclasses.replace(config)
+    limit = sorted(row["grad_norm"] for row in rows_of(out))[6]  # some steps are clipped and others are not
+    losses = {}
+    for clip in Clip:
+        config.optim = dataclasses.replace(config.optim, clip=clip, max_grad_norm=limit)
+        summary, rows = Trainer(config, tmp_path / clip).run(), rows_of(tmp_path / clip)
+        scales = [min(1.0, limit / row["grad_norm"]) for row in rows]
+        if clip is Clip.lagged:
+            scales = [scales[0], *scales[:-1]]
+        assert [row["clip_scale"] for row in rows] == pytest.approx(scales, rel=1e-5)
+        assert 0 < summary.clipped_steps < len(rows)
+        assert summary.corrected_blocks == sum(row["corrected_blocks"] for row in rows)
+        assert json.loads((tmp_path / clip / "summary.json").read_text())["clip"].startswith(clip)
+        losses[clip] = summary.validation_loss_after
+    assert losses[Clip.speculative] == pytest.approx(losses[Clip.exact], rel=1e-4)
+    assert losses[Clip.lagged] == pytest.approx(losses[Clip.exact], rel=0.1)
 
 
 def test_a_damaged_model_folder_is_a_named_error(trained, tmp_path):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from horizon import trainer as module
 from horizon.config.schema import (
+    Clip,
     DataConfig,
     DataFormat,
     HorizonConfig,
@@ -61,7 +62,10 @@ class FakeEngine:
         trained = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         rows = [len(batch["input_ids"]) for batch in batches]
         assert rows == [3, 1]
-        return SimpleNamespace(loss=5.0 - len(self.lrs), grad_norm=0.5, num_tokens=trained, skipped=False)
+        return SimpleNamespace(
+            loss=5.0 - len(self.lrs), grad_norm=0.5, num_tokens=trained, skipped=False, clip_scale=0.5,
+            corrected_blocks=2,
+        )  # fmt: skip
 
     @contextmanager
     def trace(self, path, picture):
@@ -171,6 +175,31 @@ def test_a_trace_without_matplotlib_is_refused_before_anything_is_read(config, m
     check_settings(config)
     with pytest.raises(ConfigError, match=r"trace=true draws .* matplotlib, which is not installed"):
         Trainer(dataclasses.replace(config, trace=True), "out")
+
+
+@pytest.mark.parametrize(
+    ("clip", "max_grad_norm", "said", "shown"),
+    [
+        (Clip.exact, None, "none", ""),
+        (Clip.exact, 1.0, "exact", ""),
+        (Clip.speculative, 1.0, "speculative", "speculative: 5 steps clipped, 10 updates of blocks corrected"),
+        (Clip.lagged, 1.0, "lagged clipping: not exact", "lagged clipping: not exact: 5 steps clipped"),
+    ],
+)
+def test_what_became_of_clipping_is_told(config, run, tmp_path, capsys, clip, max_grad_norm, said, shown):
+    config.optim = dataclasses.replace(config.optim, clip=clip, max_grad_norm=max_grad_norm)
+    _, summary = run(config)
+    assert (summary.clip, summary.clipped_steps, summary.corrected_blocks) == (said, 5, 10)
+    assert {(row["clip_scale"], row["corrected_blocks"]) for row in read_rows(tmp_path / "out")} == {(0.5, 2)}
+    out, progress = capsys.readouterr()
+    assert shown in out
+    assert all(("lagged clipping: not exact" in line) is (clip is Clip.lagged) for line in progress.splitlines())
+
+
+def test_a_way_to_clip_without_a_norm_is_refused_before_data_are_read(config, tmp_path):
+    config.optim = dataclasses.replace(config.optim, clip=Clip.speculative, max_grad_norm=None)
+    with pytest.raises(ConfigError, match=r"clip=speculative has no norm.*optim\.max_grad_norm.*optim\.clip=exact"):
+        Trainer(config, tmp_path / "out")
 
 
 def test_each_row_is_on_disk_before_the_next_step_begins(config, run, tmp_path):

@@ -24,6 +24,7 @@ unless its v is 0, which comes back exactly. `docs/numerics.md` says what holds 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ import numpy as np
 from horizon.errors import ConfigError
 from horizon.optim.adamw import Array, StepScalars, UpdateArrays
 from horizon.optim.updater import Job, Updater
+
+log = logging.getLogger(__name__)
 
 FLOOR = 16  # learning rates; smaller weights are treated as if they were of that size
 MOST = 1 << 16  # leaves 8 of v's 24 bits: with fewer, a step of the wrong size is no longer a small error
@@ -107,6 +110,11 @@ class Speculation:
                 chunks = [n for n, left in enumerate(begun.left) if left or grad_scale != 1]
                 jobs.append(Job(block, partial(self._complete, begun), chunks))
         self._num_settled = len(jobs)
+        if log.isEnabledFor(logging.DEBUG):
+            marks = [waits for begun in self._blocks.values() for waits in begun.waits]
+            num_waiting, num_pieces = sum(int(waits.sum()) for waits in marks), sum(waits.size for waits in marks)
+            begun_blocks = f"{len(self._blocks)} of {len(jobs)} blocks begun before the norm was known"
+            log.debug("step %d: %s, %d of their %d pieces wait", self._step, begun_blocks, num_waiting, num_pieces)
         self._updater.enqueue(jobs, self._step, self._lr, grad_scale)
         return len(corrected)
 
@@ -119,7 +127,6 @@ class Speculation:
         if self._num_settled:
             return self._num_settled
         self.stop()
-        self._updater.wait_idle()
         jobs = [Job(block, partial(self._take_back, begun)) for block, begun in self._blocks.items() if begun.updated]
         self._updater.enqueue(jobs, self._step, self._lr, 1.0, publishes=False)
         self._updater.wait_idle()

@@ -18,6 +18,7 @@ from horizon.units import GIB, align_up
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
 BORROW_ALIGN = 256
 EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
+FRAGMENTS = 16  # of what graphs hold, the allocator loses one more such part between tensors of many sizes
 WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
 
 
@@ -104,7 +105,7 @@ def plan_activations(
         plan.limits.device - plan.num_bytes("device") - busy - passing,
         boundary,
         sum(tokens) * working.kept_selective,
-        sum(tokens) * working.kept_none,
+        sum(tokens) * working.kept_none * (1 + FRAGMENTS) // FRAGMENTS,
     )
 
     def own(num_graphs: int, num_selective: int) -> int:

@@ -35,7 +35,7 @@ def unknown_activations(limits: Limits) -> int:
 class Placer:
     """What the settings say of where blocks live; see `read_policy`."""
 
-    policy: Policy  # auto: activations first, and what they keep to be recomputed less, then states
+    policy: Policy  # auto: the embedding, then activations and what layers keep to be run again less, then more blocks
     num_blocks: int | None = None  # in HBM; None: the policy decides
 
     @property
@@ -50,6 +50,17 @@ class Placer:
         if self.policy is Policy.dram:
             return replace(needs, in_hbm=frozenset())
         return replace(needs, in_hbm=choose_placement(needs, limits, reserve))
+
+    def bases(self, needs: MemoryNeeds, limits: Limits) -> list[MemoryNeeds]:
+        """What is in HBM before activations have their share: the first of these that leaves enough for them.
+
+        With `auto` the embedding comes before what layers keep, for it saves a wait that nothing else does.
+        """
+        fewest = self.place(needs, limits, limits.device)
+        if self.policy is not Policy.auto or self.num_blocks is not None:
+            return [fewest]
+        first = first_blocks(needs.layouts, 2 if needs.layouts[-1].borrowed else 1)
+        return [replace(fewest, in_hbm=fewest.in_hbm | first), fewest]
 
     def make_room(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
         """As `place`, but no block moves to HBM that is not there already."""

@@ -20,17 +20,22 @@ BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}|{elapsed}<{remaining}{postfix}"
 def describe_step(row: StepRow) -> str:
     """The numbers of one step, short enough for a terminal's width."""
     skipped = " SKIPPED" if row.skipped else ""
+    corrected = f" corrected {row.corrected_blocks}" if row.corrected_blocks else ""
     return (
         f"loss {row.loss:.4f} {_short(row.tokens_per_s)} tok/s host {format_bytes(row.host_bytes)} "
-        f"device {format_bytes(row.device_bytes)} lr {row.lr:.2e} grad {row.grad_norm:.3g}{skipped}"
+        f"device {format_bytes(row.device_bytes)} lr {row.lr:.2e} grad {row.grad_norm:.3g}{corrected}{skipped}"
     )
 
 
 class StepDisplay:
-    """Shows each step on `stream` (default: stderr); a context manager that leaves the last state standing."""
+    """Shows each step on `stream` (default: stderr); a context manager that leaves the last state standing.
 
-    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
-        self._num_steps = num_steps
+    Args:
+        note: what is to be said of every step of the run.
+    """
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None, note: str = "") -> None:
+        self._num_steps, self._note = num_steps, note
         self._stream = sys.stderr if stream is None else stream
         self._bar = tqdm(
             total=num_steps, dynamic_ncols=True, file=self._stream, disable=None, bar_format=BAR_FORMAT
@@ -39,14 +44,15 @@ class StepDisplay:
 
     def show(self, row: StepRow) -> None:
         """Update the bar, or print a line when the first, the last, or the next one is due."""
+        described = f"{describe_step(row)} {self._note}".rstrip()
         if not self._bar.disable:
-            self._bar.set_postfix_str(describe_step(row), refresh=False)
+            self._bar.set_postfix_str(described, refresh=False)
             self._bar.update()
             return
         now = time.monotonic()
         if row.step in (1, self._num_steps) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            print(f"step {row.step}/{self._num_steps} {describe_step(row)}", file=self._stream, flush=True)
+            print(f"step {row.step}/{self._num_steps} {described}", file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
         return self

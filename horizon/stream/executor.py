@@ -89,6 +89,7 @@ class Executor:
         """Give the slots' memory back, until `make_slots`."""
         self._weights.free()
         self.gradients = None
+        self._streams.release_memory()
 
     def make_slots(self, buffers: GradientBuffers) -> None:
         """Slots for blocks and buffers that have moved."""

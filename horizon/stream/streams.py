@@ -105,6 +105,11 @@ class Streams:
         """Uninitialised device memory."""
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
+    def release_memory(self) -> None:
+        """Give back what the allocator keeps for later: what comes next has other sizes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def synchronize(self) -> None:
         """Wait for all work; used at step boundaries and on failure only."""
         if self.device.type == "cuda":

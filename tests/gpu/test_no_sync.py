@@ -28,7 +28,8 @@ def mode_restored():
 
 def watch(streamed, monkeypatch):
     """From now on a synchronisation between a step's start and the reading of its loss is an error."""
-    run_step = streamed._runtime.run_step
+    runtime, updates = streamed._runtime, streamed._runtime._steps._updates
+    run_step, finish = runtime.run_step, updates.finish
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -37,16 +38,23 @@ def watch(streamed, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(streamed._runtime, "run_step", watched)
+    def finished():
+        """The last event that the host waits for; what follows reads the loss and the norm."""
+        finish()
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runtime, "run_step", watched)
+    monkeypatch.setattr(updates, "finish", finished)
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["device", "offloaded"])
-@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize("clip", [None, "exact", "speculative", "lagged"])
 @pytest.mark.parametrize("make", [batches, long, packed, padded])
-def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, offload_everything, make, max_grad_norm, offloaded):
+def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, offload_everything, make, clip, offloaded):
     if offloaded:
         offload_everything()
-    with engine(build("llama"), compute_dtype="bfloat16", max_grad_norm=max_grad_norm) as streamed:
+    clipping = {"max_grad_norm": None} if clip is None else {"clip": clip}
+    with engine(build("llama"), compute_dtype="bfloat16", **clipping) as streamed:
         streamed.step(make()), streamed.step(make())  # kernels compile, the working set is measured
         watch(streamed, monkeypatch)
         assert streamed.step(make()).loss > 0

@@ -25,8 +25,8 @@ LARGE = {
 
 
 def recorded(num_steps=2, *, prepare=lambda streamed: None, max_grad_norm=1.0, **memory):
-    """(timelines, split) of steady steps whose backward runs every layer again."""
-    memory = horizon.MemoryConfig(recompute="full", **memory)
+    """(timelines, split) of steady steps that stream every block and whose backward runs every layer again."""
+    memory = horizon.MemoryConfig(recompute="full", policy="dram", **memory)
     with engine(LARGE, compute_dtype="bfloat16", memory=memory, max_grad_norm=max_grad_norm) as streamed:
         step = batches(2, rows=1, tokens=8, vocab=VOCAB)
         streamed.step(step), streamed.step(step)

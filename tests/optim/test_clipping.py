@@ -41,8 +41,39 @@ def test_a_maximum_that_is_not_positive_is_refused(value):
 
 
 def test_a_positive_maximum_or_none_passes():
-    Clipping(None)
-    Clipping(1.0)
+    assert not Clipping(None).keeps_gradients
+    assert Clipping(1.0).keeps_gradients
+
+
+@pytest.mark.parametrize("mode", [Clip.speculative, Clip.lagged])
+def test_a_mode_needs_a_norm_to_clip_to(mode):
+    message = (
+        rf"clip={mode} has no norm to clip to, as max_grad_norm is null; set optim\.max_grad_norm.*optim\.clip=exact"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Clipping(None, mode)
+    Clipping(1.0, mode).check(AdamW(), OnNonFinite.stop)
+
+
+def test_lagged_steps_cannot_be_dropped():
+    with pytest.raises(
+        ConfigError, match=r"clip=lagged.*on_nonfinite=skip cannot drop.*optim\.clip.*train\.on_nonfinite"
+    ):
+        Clipping(1.0, Clip.lagged).check(AdamW(), OnNonFinite.skip)
+    for mode in (Clip.exact, Clip.speculative):
+        Clipping(1.0, mode).check(AdamW(), OnNonFinite.skip)
+
+
+def test_betas_under_which_steps_have_no_longest_are_refused():
+    betas = (0.99, 0.95)
+    with pytest.raises(ConfigError, match=r"beta1\^2 < beta2, got betas \(0\.99, 0\.95\); set optim\.beta1"):
+        Clipping(1.0, Clip.speculative).check(AdamW(betas=betas), OnNonFinite.stop)
+    Clipping(1.0, Clip.lagged).check(AdamW(betas=betas), OnNonFinite.stop)
+
+
+def test_what_a_report_says():
+    notes = [Clipping(None).note, Clipping(1.0).note, *(Clipping(1.0, m).note for m in (Clip.speculative, Clip.lagged))]
+    assert notes == ["none", "exact", "speculative", "lagged clipping: not exact"]
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])

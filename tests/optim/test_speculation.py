@@ -213,9 +213,10 @@ class Trained:
         self.updater.wait_idle()
 
 
-def exactly(scale, **settings):
+def exactly(scale, change=lambda host: None, **settings):
     """The same blocks after an exact second step."""
     with Trained(**settings) as trained:
+        change(trained.host)
         trained.updater.submit(2, ADAMW.lr, scale)
         trained.updater.wait()
         return trained.host
@@ -293,23 +294,60 @@ def test_what_is_undone_is_as_before_and_can_be_repeated():
         assert largest_distance(trained.host, exactly(1.0)) <= 8
 
 
+def hold_first_chunk(trained):
+    """Begin all blocks; returns when one thread has come to a chunk, where it stays for a moment."""
+    reached, go_on = threading.Event(), threading.Event()
+    speculate = trained.speculation._speculate
+
+    def held(*arguments):
+        if not reached.is_set():
+            reached.set()
+            assert go_on.wait(30)
+        speculate(*arguments)
+
+    trained.speculation._speculate = held
+    for index in (3, 2, 1, 0):
+        trained.speculation.speculate(index)
+    assert reached.wait(30)
+    threading.Timer(0.1, go_on.set).start()
+
+
+def test_a_chunk_at_work_when_the_norm_is_known_is_not_given_to_another_thread():
+    with Trained(num_threads=2, chunk_elements=1 << 21, num_blocks=4) as trained:
+        hold_first_chunk(trained)
+        trained.speculation.settle(1.0)
+        trained.updater.wait_idle()
+        assert_same(trained.host, exactly(1.0))
+
+
+def test_a_chunk_at_work_when_the_step_is_dropped_is_given_back_too():
+    with Trained(num_threads=1, chunk_elements=1 << 21) as trained:
+        hold_first_chunk(trained)
+        trained.speculation.undo()
+        p, q = masters(trained.host.states[3]).numpy(), trained.before[3].numpy()
+        assert ulps(p, q, p, q, np.full_like(p, FLOOR * ADAMW.lr)).max() <= 4
+
+
+def test_pieces_that_wait_are_updated_when_the_norm_is_known():
+    def stand_out(host):
+        host.states[3].grads[70] = 0x4E6E  # 1e9 as bfloat16
+
+    for scale in (1.0, 0.5):
+        with Trained() as trained:
+            stand_out(trained.host)
+            expected = exactly(scale, stand_out)
+            trained.speculate(3, 2)
+            assert [sum(int(waits.sum()) for waits in trained.speculation._blocks[b].waits) for b in (3, 2)] == [1, 0]
+            trained.speculation.settle(scale)
+            trained.updater.wait()
+            assert largest_distance(trained.host, expected) <= (0 if scale == 1 else 4)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_chunks_that_were_not_begun_when_the_norm_is_known_get_its_scale_at_once(scale):
     """One thread is held at its first chunk: all others of the blocks above are withdrawn, and block 0 comes first."""
     with Trained(num_threads=1) as trained:
-        reached, go_on = threading.Event(), threading.Event()
-        speculate = trained.speculation._speculate
-
-        def held(*arguments):
-            reached.set()
-            assert go_on.wait(30)
-            speculate(*arguments)
-
-        trained.speculation._speculate = held
-        for index in (3, 2, 1, 0):
-            trained.speculation.speculate(index)
-        assert reached.wait(30)
-        threading.Timer(0.05, go_on.set).start()
+        hold_first_chunk(trained)
         assert trained.speculation.settle(scale) == (0 if scale == 1 else 1)
         trained.updater.wait()
         assert trained.ledger.published == [(2, 0), (2, 1), (2, 2), (2, 3)]
