@@ -61,6 +61,7 @@ class StepSplit:
     optimizer_ms: float  # for an update,
     data_ms: float  # for the caller's rows,
     launch_ms: float  # for the host to issue something
+    hbm_update_ms: float  # of optimizer_ms: compute itself updated blocks that live in HBM
     forward_ms: float  # of arithmetic_ms, as are the next three
     head_ms: float
     backward_ms: float

@@ -20,7 +20,7 @@ from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater, load_update
 from horizon.store.ledger import Ledger
 from horizon.stream.streams import Streams
-from horizon.stream.timeline import Cause
+from horizon.stream.timeline import HBM_UPDATE, Cause
 from horizon.units import align_up
 
 CHUNK_ELEMENTS = 1 << 16  # that one program updates: many programs to a block, few rows to a table
@@ -113,16 +113,17 @@ class DeviceUpdater:
         scalars = self._scalars(step, lr, grad_scale)
         with self._streams.running(self._streams.compute):
             for block in self.blocks:
-                with self._streams.waiting(Cause.optimizer, "update", block):
+                with self._streams.waiting(Cause.optimizer, HBM_UPDATE, block):
                     self._launch(block, step, scalars)
         for block in (*self._frozen, *self.blocks):
             self._finish(block, step)
 
     def submit_block(self, block: int, step: int, lr: float, grad_scale: float = 1.0) -> None:
         """Update one block, whose gradient is complete, beside what compute is at; return when that is done."""
-        with self._streams.running(self._streams.update):
+        update, timeline = self._streams.update, self._streams.timeline
+        with self._streams.running(update), timeline.beside(HBM_UPDATE, update, "update", block):
             self._launch(block, step, self._scalars(step, lr, grad_scale))
-        self._streams.update.record_event().synchronize()  # the buffer and the weights are given to others now
+        update.record_event().synchronize()  # the buffer and the weights are given to others now
         for done in (*self._frozen, block):
             self._finish(done, step)
 

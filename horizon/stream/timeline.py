@@ -25,6 +25,7 @@ import torch
 from horizon.errors import HorizonError
 
 COMPUTE, HOST, FETCH, DRAIN, UPDATE = "compute", "host", "H2D", "D2H", "update"  # lanes; "update 0", "update 1", ...
+HBM_UPDATE = "HBM update"  # also the name of an update that compute itself does
 PACED = 100e-6  # seconds of work queued, below which the device would soon have run dry
 HOST_RESOLUTION = 20e-6  # seconds; shorter stretches of the host's lane belong to the one before
 
@@ -175,7 +176,7 @@ class _Record:
 class Timeline:
     """Records steps between `start` and `stop`; at other times every call returns at once and leaves nothing.
 
-    All methods but `update` belong to the thread that drives the device.
+    All methods but `update` and `beside` belong to the thread that drives the device.
     """
 
     def __init__(self, clock: Clock | None = None):
@@ -207,7 +208,15 @@ class Timeline:
         """The copies that are issued on `stream` while open are one transfer."""
         if self._record is None:
             return nullcontext()
-        return self._moving(self._record, stream, _Transfer(lane, what, block, None))
+        # A stand-in copies while compute stands still, so there the link is what compute waits for.
+        waits = self.during(Cause.link, what, block) if self._clock.synchronous else nullcontext()
+        return self._issuing(self._record, stream, _Transfer(lane, what, block, None), waits)
+
+    def beside(self, lane: str, stream: Any, what: str, block: int | None) -> AbstractContextManager[None]:
+        """Kernels issued to `stream` while open run beside compute's; from one thread for each lane."""
+        if self._record is None:
+            return nullcontext()
+        return self._issuing(self._record, stream, _Transfer(lane, what, block, None), nullcontext())
 
     def count(self, lane: str, num_bytes: int) -> None:
         """So many bytes belong to the lane's open transfer."""
@@ -267,10 +276,10 @@ class Timeline:
             self._mark(record, before)
 
     @contextmanager
-    def _moving(self, record: _Record, stream: Any, transfer: _Transfer) -> Iterator[None]:
-        # A stand-in copies while compute stands still, so there the link is what compute waits for.
-        activity = Activity(Cause.link, transfer.what, transfer.block)
-        with self._during(record, activity) if self._clock.synchronous else nullcontext():
+    def _issuing(
+        self, record: _Record, stream: Any, transfer: _Transfer, waits: AbstractContextManager[None]
+    ) -> Iterator[None]:
+        with waits:
             record.moving[transfer.lane] = transfer
             transfer.start = self._clock.point(stream)
             try:

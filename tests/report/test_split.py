@@ -91,6 +91,13 @@ def test_time_at_the_hosts_pace_is_part_of_arithmetic():
     assert (split.arithmetic_ms, split.host_paced_ms) == (2000, 1500)
 
 
+def test_what_compute_updates_itself_is_no_wait_for_host_memory():
+    split = split_of([step(0.0, [("forward", A, 1.0), ("HBM update", O, 3.0), ("update", O, 0.01)])], {})
+    assert (split.optimizer_ms, split.hbm_update_ms) == (3010, 3000)
+    table = describe_split(split)
+    assert "3,000 ms of it updating in HBM" in table and "bounds" not in table
+
+
 def test_the_table_names_every_part_and_explains_a_slow_update():
     table = describe_split(split_of([FIRST, SECOND], {("H2D", "weights"): 900}))
     for text in (

@@ -324,17 +324,6 @@ def test_an_engines_steps_on_cpu(max_grad_norm):
     assert updated == {0, 1, 2, 3, 4}
 
 
-def test_the_update_of_a_block_in_hbm_is_the_optimizers_time():
-    memory = horizon.MemoryConfig(hbm_blocks=2)
-    with horizon.Engine.from_config(SHAPE, device="cpu", self_check=False, memory=memory) as engine:
-        engine.step(BATCH)
-        with engine.trace() as recording:
-            engine.step(BATCH)
-    (step,) = recording.steps
-    assert [block for what, block in lane(step, "compute", Cause.optimizer) if what == "update"][-2:] == [0, 1]
-    assert {s.block for s in step.spans if s.lane.startswith("update")} <= {2, 3, 4}
-
-
 def test_a_forward_that_overtakes_the_update_waits_for_it_and_says_so(monkeypatch):
     with horizon.Engine.from_config(SHAPE, device="cpu", self_check=False) as engine:
         engine.step(BATCH)
@@ -351,3 +340,24 @@ def test_a_forward_that_overtakes_the_update_waits_for_it_and_says_so(monkeypatc
         done = max(s.end for s in step.spans if s.lane.startswith("update") and s.block == block)
         assert done <= max(s.end for s in waits if s.block == block)
     assert recording.split.optimizer_ms > 0
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_updates_of_blocks_in_hbm_are_computes_own_or_beside_it(max_grad_norm):
+    memory = horizon.MemoryConfig(policy="hbm_first", hbm_blocks=2)
+    settings = {"memory": memory, "max_grad_norm": max_grad_norm, "device": "cpu", "self_check": False}
+    with horizon.Engine.from_config(SHAPE, **settings) as engine:
+        engine.step(BATCH)
+        in_hbm = set(engine._runtime.store.in_hbm)
+        with engine.trace() as recording:
+            engine.step(BATCH), engine.step(BATCH)
+    assert len(in_hbm) == 2
+    step, split = recording.steps[0], recording.split
+    by_compute = {s.block for s in step.lane("compute") if s.what == "HBM update"}
+    beside = {s.block for s in step.lane("HBM update")}
+    assert (by_compute, beside) == ((in_hbm, set()) if max_grad_norm else (set(), in_hbm))
+    assert (split.hbm_update_ms > 0) is bool(max_grad_norm) and split.hbm_update_ms <= split.optimizer_ms
+    assert (
+        {s.block for s in step.lane("H2D")} | in_hbm == {0, 1, 2, 3, 4} == {s.block for s in step.lane("D2H")} | in_hbm
+    )
+    assert split.update_threads == len({s.lane for t in recording.steps for s in t.spans if s.lane[:7] == "update "})
