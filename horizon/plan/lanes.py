@@ -29,7 +29,7 @@ class BlockCost:
     drain_s: float = 0.0  # the gradient, device to host
     add_s: float = 0.0  # fetching the sums on the host that its gradient is added to, if there are some
     update_s: float = 0.0  # by the threads of the host, or on the device if the states are there; 0: nothing to train
-    buffers: tuple[int, ...] = ()  # blocks whose gradient buffers it drains into
+    buffers: tuple[int, ...] = ()  # blocks whose gradient buffers it fills: its own, if it has something to train
     offloads: bool = False  # what enters it waits on the host
     in_hbm: bool = False  # its states live on the device: nothing to load or to drain
 
@@ -162,7 +162,7 @@ class _Lanes:
             self._drained[self._turn] = self._copy(self._drain, self._compute.free, cost.drain_s)
             self._landed[block] = self._drained[self._turn]
             self._turn = (self._turn + 1) % DRAIN_SLOTS
-        if self._step.as_landed and cost.update_s:
+        if self._step.as_landed and block in cost.buffers:
             lane = _Lane() if cost.in_hbm else self._update  # the device's is beside its kernels
             self._version[block] = lane.run(self._landed[block], cost.update_s)
             if block in self._claimed:

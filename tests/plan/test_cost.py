@@ -34,8 +34,8 @@ def needs(compute=torch.bfloat16, grad=torch.bfloat16, keeps=True):
     return MemoryNeeds([EMBED, *LAYERS, HEAD], compute, grad, keeps, 2, 0, 0)
 
 
-def cost(of=None, plan=KEEP_ALL, tokens=(32, 32)):
-    return step_cost(of or needs(), plan, tokens, token_bytes=10, times=TIMES, rates=RATES)
+def cost(of=None, plan=KEEP_ALL, tokens=(32, 32), as_landed=False):
+    return step_cost(of or needs(), plan, tokens, token_bytes=10, times=TIMES, rates=RATES, as_landed=as_landed)
 
 
 def test_copies_take_the_bytes_that_slots_and_gradients_really_move():
@@ -79,11 +79,22 @@ def test_boundaries_cross_the_link_with_the_tokens_they_are_of():
     assert (step.save_s, step.return_s) == ((0.64, 0.32), (0.32, 0.16))
 
 
-def test_updates_wait_for_the_norm_where_gradients_are_kept():
-    kept, streamed = cost(), cost(needs(keeps=False))
-    assert (kept.as_landed, kept.ring) == (False, None)
-    assert (streamed.as_landed, streamed.ring) == (True, 3)
-    assert [b.update_s for b in kept.blocks] == [81.92, 40.96, 40.96, 40.96, 20.48]
+def test_when_updates_begin_and_how_many_buffers_gradients_have():
+    exact, speculative = cost(), cost(as_landed=True)
+    streamed = cost(needs(keeps=False), as_landed=True)  # without clipping, or with that of the step before
+    assert [(c.as_landed, c.hbm_as_landed, c.ring) for c in (exact, speculative, streamed)] == [
+        (False, False, None), (True, False, None), (True, True, 3),
+    ]  # fmt: skip
+    assert [b.update_s for b in exact.blocks] == [81.92, 40.96, 40.96, 40.96, 20.48]
+
+
+def test_what_is_in_hbm_crosses_no_link_and_is_updated_at_the_device_s_rate():
+    embed, layer, _, _, head = cost(replace(needs(), in_hbm=frozenset({0, 1}))).blocks
+    assert [b.in_hbm for b in (embed, layer, head)] == [True, True, False]
+    for block in (embed, layer):
+        assert (block.load_s, block.drain_s, block.add_s) == (0, 0, 0)
+    assert layer.update_s == pytest.approx((2 * (6.144 * 4 + 4.096 * 8) + 4.096 * 2) / 10)
+    assert (head.load_s, head.drain_s) == (2.048 * 2, 0.064 * 2 * 2)  # what it borrows is there already
 
 
 def test_blocks_below_the_first_that_trains_only_run_forward():
@@ -96,7 +107,8 @@ def test_blocks_below_the_first_that_trains_only_run_forward():
 
 
 def predicted(rates=RATES, **changes):
-    return predict_step(needs(**changes), KEEP_ALL, [32, 32], 10, TIMES, rates)
+    of = needs(**changes)
+    return predict_step(of, KEEP_ALL, [32, 32], 10, TIMES, rates, as_landed=not of.keeps_gradients)
 
 
 def test_the_bound_is_what_a_step_waits_for():

@@ -129,8 +129,9 @@ def test_blocks_in_hbm_are_neither_loaded_nor_drained():
 def test_blocks_in_hbm_are_updated_by_the_device():
     everything = (0, 1, 2, 3)
     assert spent(step(update=2, in_hbm=everything)) == (7, 0, 8, 0)  # ahead of the next forward
+    assert spent(step(update=2, in_hbm=everything, as_landed=True)) == (7, 0, 8, 0)  # the host's blocks do not wait
     # As they land: beside the backward, but for the last one, whose block comes first.
-    assert spent(step(update=2, in_hbm=everything, as_landed=True)) == (7, 0, 2, 0)
+    assert spent(step(update=2, in_hbm=everything, hbm_as_landed=True)) == (7, 0, 2, 0)
 
 
 def test_frozen_blocks_at_the_bottom_end_the_backward():

@@ -9,6 +9,7 @@ import horizon
 from horizon.config.schema import Recompute
 from horizon.optim.rate import measure_rates
 from horizon.store.arena import Arena
+from horizon.stream.passes import Passes
 from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 
@@ -48,7 +49,14 @@ def test_an_engine_predicts_the_steps_it_has_planned(max_grad_norm, recompute, f
     assert found.bound in ("arithmetic", "link", "host memory bandwidth", "launches")
 
 
-def test_every_kind_of_layer_is_timed_with_what_the_plan_keeps():
+def test_every_kind_of_layer_is_timed_with_what_the_plan_keeps(monkeypatch):
+    kept, forward = [], Passes.forward
+
+    def recorded(self, key, params, hidden, call, sums, recompute):
+        kept.append(recompute)
+        return forward(self, key, params, hidden, call, sums, recompute)
+
+    monkeypatch.setattr(Passes, "forward", recorded)
     with make(freeze=("model.layers.1.*",)) as engine:
         executor = engine._runtime.executor
         times = engine._runtime.guarded(
@@ -56,6 +64,7 @@ def test_every_kind_of_layer_is_timed_with_what_the_plan_keeps():
         )
         layouts = engine._runtime.model.layouts
     assert times.num_tokens == 32
+    assert set(kept) == set([*Recompute][1:])
     sizes = {(lay.num_elements, lay.num_trainable) for lay in layouts[1:-1]}
     assert len(sizes) == 2
     assert times.layers.keys() == {(*size, kind) for size in sizes for kind in [*Recompute][1:]}
