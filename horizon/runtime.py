@@ -27,9 +27,11 @@ from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.device import can_update, make_updater
+from horizon.optim.rate import measure_rates
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.plan.activations import ActivationPlan
+from horizon.plan.cost import Rates
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
@@ -51,6 +53,7 @@ from horizon.stream.activations import Activations, StepSpace
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
+from horizon.stream.prediction import Predictor
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
@@ -65,7 +68,7 @@ class Runtime:
 
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
-        device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int,
+        device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int, rates: Rates,
     ):  # fmt: skip
         self.model, self.plan, self.device = model, plan, device
         self._needs, self._placer, self._reserve = needs, placer, unknown_activations(plan.limits)
@@ -89,6 +92,8 @@ class Runtime:
             self._activations = Activations(self.executor, self.streams, recompute, token_bytes)
             release.callback(delattr, self, "_activations")
             release.callback(self._activations.close)
+            self._predictor = Predictor(self.executor, rates, token_bytes)
+            release.callback(delattr, self, "_predictor")
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
             self._start_updater(needs)
@@ -246,13 +251,16 @@ class Runtime:
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         kept = self.buffers.kept
+        self._predictor.learn(self._updater.parameters_per_s)
         rows = rows or self._leaving_room(
             kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, self.version)
         )
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
         if self._placer.moves:
             self._place_for(shapes, kept, self._placer.place)
-        self._plan_step(shapes, kept)
+        planned = self._plan_step(shapes, kept)
+        predict = partial(self._predictor.predict, self._needs, planned, shapes, self.version, self._steps.as_landed)
+        self.plan = self.plan.with_activations(planned.lines, self.guarded(predict))
         return rows
 
     def device_bytes(self) -> int:
@@ -277,7 +285,7 @@ class Runtime:
             self._place_for(shapes, borrow, self._placer.make_room)
         fixed, idle = self.plan.with_activations(()), self._idle_bytes(self._needs, borrow)
         planned = self.guarded(lambda: self._activations.plan(fixed, shapes, idle, self.version))
-        self.plan = fixed.with_activations(planned.lines)
+        self.plan = fixed.with_activations(planned.lines, self._predictor.known(self._needs, shapes))
         return planned
 
     def _place_for(
@@ -354,6 +362,7 @@ def build_runtime(
     prepare_device(target)
     model.to(target)
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
+    rates = measure_rates(target, num_threads, dtype, optimizer)
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments = Moments(optimizer.moments)
@@ -370,7 +379,7 @@ def build_runtime(
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
-    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed)
+    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed, rates)
     try:
         runtime.load(weights, seed)
     except BaseException:

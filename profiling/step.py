@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import horizon
 from horizon.models.kernels import liger_available
+from horizon.plan.prediction import StepPrediction
 from horizon.report.split import describe_split
 from horizon.units import GIB
 
@@ -127,6 +128,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
         for tokens in args.tokens:
             rows = tokens // args.seq_len
             micro_batch = engine.plan_micro_batch(rows, args.seq_len, args.micro_batch or None)
+            predicted = prediction_row(engine.plan.prediction)
             batches = rows_of(shape["vocab_size"], rows, args.seq_len, micro_batch)
             warmup, results = args.warmup if tokens == args.tokens[0] else 1, []
             seconds = seconds_per_step(
@@ -148,6 +150,8 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "clip": args.clip, "split": split,
                 "clip_scales": [result.clip_scale for result in results],
                 "corrected_blocks": [result.corrected_blocks for result in results],
+                **predicted,
+                "prediction_error": predicted["predicted_seconds"] / seconds - 1 if predicted else None,
             }  # fmt: skip
 
 
@@ -159,6 +163,14 @@ def recorded(engine: horizon.Engine, batches: list, args: argparse.Namespace, to
     assert recording.split is not None
     print(describe_split(recording.split), f"  timeline: {path}", sep="\n", flush=True)
     return dataclasses.asdict(recording.split)
+
+
+def prediction_row(prediction: StepPrediction | None) -> dict:
+    """Of a step of the planned shape, before any was run."""
+    if prediction is None:
+        return {}
+    parts = {name: getattr(prediction, name) for name in ("arithmetic_s", "link_s", "optimizer_s", "launch_s")}
+    return {"predicted_seconds": prediction.seconds, "bound": prediction.bound, "predicted_parts": parts}
 
 
 def facts() -> dict:

@@ -162,6 +162,11 @@ class TieredUpdater:
         """Blocks that have something to train."""
         return self.host.num_blocks + len(self.device.blocks)
 
+    @property
+    def parameters_per_s(self) -> float | None:
+        """The host's pace, as `Updater.parameters_per_s`."""
+        return self.host.parameters_per_s
+
     def submit(self, step: int, lr: float, grad_scale: float) -> None:
         """Begin the update of all blocks, as `Updater.submit`."""
         self.host.submit(step, lr, grad_scale)

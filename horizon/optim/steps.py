@@ -85,6 +85,11 @@ class Steps:
         elif mode is Clip.lagged or not kept:  # without clipping, kept gradients have nothing to begin early for
             self._updates = StreamedUpdates(updater, self._ledger, self._release, max_norm)
 
+    @property
+    def as_landed(self) -> bool:
+        """Whether the host updates a block as soon as its gradient has landed, as far as clipping allows."""
+        return not isinstance(self._updates, KeptUpdates)
+
     def run(
         self, batches: Sequence[MicroBatch], space: MakeSpace, lr: float, seed: int, loss_fn: LossFn | None
     ) -> StepOutcome:

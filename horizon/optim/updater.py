@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,15 @@ class _BlockUpdate:
     arrays: UpdateArrays | None = None  # asked for when the first chunk is taken
     num_taken: int = 0
     num_done: int = 0
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Of one step: elements that were updated, and for how long threads were busy with them, added up."""
+
+    num_steps: int = 0  # begun until then
+    num_elements: int = 0
+    busy_s: float = 0.0
 
 
 class Updater:
@@ -114,6 +124,8 @@ class Updater:
         self._submitted = dict.fromkeys(self.chunks, 0)  # the last step of each block
         self._round = 0, False  # step and `publishes` of the chunk taken last
         self._num_under_way = 0  # chunks taken and not finished
+        self._pace = _Pace()  # of the step under way
+        self._last_pace = _Pace()  # of the one before it
         self._closed = False
         ledger.on_failure(lambda error: self._notify())
 
@@ -121,6 +133,15 @@ class Updater:
     def num_blocks(self) -> int:
         """Blocks that have something to train."""
         return len(self.chunks)
+
+    @property
+    def parameters_per_s(self) -> float | None:
+        """Pace of all threads together in the step before the one begun last; None before the third.
+
+        The first step does not count: it takes the states' pages.
+        """
+        pace = self._last_pace
+        return self._num_threads * pace.num_elements / pace.busy_s if pace.num_steps > 1 else None
 
     def submit(self, step: int, lr: float, grad_scale: float) -> None:
         """Queue the update of all blocks, in order, for `step` (from 1, growing) and return at once.
@@ -215,9 +236,10 @@ class Updater:
         """Take chunks and work on them until closed or failed; the body of each thread."""
         while (taken := self._take()) is not None:
             block, number, chunk = taken
+            started = time.perf_counter()
             try:
                 self._apply(block, number, chunk)
-                self._finish(block)
+                self._finish(block, chunk, time.perf_counter() - started)
             except BaseException as error:  # whatever it is, those who wait must hear of it
                 self._fail(block, error)
 
@@ -232,6 +254,8 @@ class Updater:
                     block.num_taken += 1
                     if block.num_taken == len(block.chunks):
                         self._queue.popleft()
+                    if block.step != self._round[0]:
+                        self._last_pace, self._pace = self._pace, _Pace(self._pace.num_steps + 1)
                     self._round = self._round_of(block)
                     self._num_under_way += 1
                     return block, number, chunk
@@ -264,8 +288,10 @@ class Updater:
                 block.arrays = states.arrays()
             return block.arrays
 
-    def _finish(self, block: _BlockUpdate) -> None:
+    def _finish(self, block: _BlockUpdate, chunk: Chunk, busy_s: float) -> None:
         with self._wake:
+            self._pace.num_elements += chunk.stop - chunk.start
+            self._pace.busy_s += busy_s
             self._num_under_way -= 1
             block.num_done += 1
             if block.publishes and block.num_done == len(block.chunks):

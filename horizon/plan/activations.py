@@ -17,6 +17,7 @@ from horizon.units import GIB, align_up
 
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
 BORROW_ALIGN = 256
+LOOKAHEAD = 2  # offloaded boundaries on their way back while one is being used
 EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
 FRAGMENTS = 16  # of what graphs hold, the allocator loses one more such part between tensors of many sizes
 WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller

@@ -14,6 +14,7 @@ import torch
 from horizon.config.schema import Moments
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.prediction import StepPrediction
 from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.units import GIB, MIB, format_bytes
 
@@ -44,13 +45,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes per tier and purpose of one engine, activations excluded until the batch shape is known."""
+    """Bytes per tier and purpose of one engine, activations excluded until the batch shape is known.
+
+    `prediction`: how long a step takes, where its shape was planned ahead.
+    """
 
     num_blocks: int
     num_parameters: int
     lines: tuple[Line, ...]
     limits: Limits
     activations: tuple[Line, ...] = field(default=())
+    prediction: StepPrediction | None = None
 
     def num_bytes(self, tier: str) -> int:
         """Planned bytes of `tier`."""
@@ -63,15 +68,15 @@ class MemoryPlan:
         for tier, limit in (("host", self.limits.host), ("device", self.limits.device)):
             total = format_bytes(self.num_bytes(tier))
             rows.append(f"  {tier:<7}{'predicted peak':<34}{total:>12}  of {format_bytes(limit)}")
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, *([f"  {self.prediction.describe()}"] if self.prediction else [])])
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]
         return sorted(lines, key=lambda line: line.tier != "host")
 
-    def with_activations(self, lines: Sequence[Line]) -> MemoryPlan:
+    def with_activations(self, lines: Sequence[Line], prediction: StepPrediction | None = None) -> MemoryPlan:
         """This plan for a known batch shape."""
-        return MemoryPlan(self.num_blocks, self.num_parameters, self.lines, self.limits, tuple(lines))
+        return MemoryPlan(self.num_blocks, self.num_parameters, self.lines, self.limits, tuple(lines), prediction)
 
 
 @dataclass(frozen=True, slots=True)

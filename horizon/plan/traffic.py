@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 
 from horizon.layout import BlockLayout
@@ -20,11 +22,12 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     kept = max(needs.weight_slots, 2)
     element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
     return {
-        ("H2D", "weights"): element * sum(_loaded(lay, needs) for lay in (*layouts, *above[:-kept])),
+        ("H2D", "weights"): element * sum(loaded_elements(lay, needs.in_hbm) for lay in (*layouts, *above[:-kept])),
         ("D2H", "gradient"): needs.grad_dtype.itemsize * sum(lay.num_trainable for lay in layouts),
     }
 
 
-def _loaded(layout: BlockLayout, needs: MemoryNeeds) -> int:
-    """Elements that a load of the block brings across the link."""
-    return layout.num_elements + sum(b.param.spec.numel for b in layout.borrowed if b.owner not in needs.in_hbm)
+def loaded_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
+    """Elements that a load of the block brings across the link, where those blocks are in HBM."""
+    own = 0 if layout.index in in_hbm else layout.num_elements
+    return own + sum(b.param.spec.numel for b in layout.borrowed if b.owner not in in_hbm)

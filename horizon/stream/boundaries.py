@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horizon.plan.activations import LOOKAHEAD
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
-LOOKAHEAD = 2  # offloaded boundaries on their way back while one is being used
 
 
 class Boundaries:

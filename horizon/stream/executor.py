@@ -9,7 +9,7 @@ when backward begins.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
+from horizon.plan.cost import StepTimes
 from horizon.store.gradients import GradientBuffers
 from horizon.store.host import HostStore
 from horizon.stream.batch import MicroBatch
@@ -30,6 +31,7 @@ from horizon.stream.passes import Passes
 from horizon.stream.randomness import Randomness
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
+from horizon.stream.timing import PassTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,17 @@ class Executor:
             hidden = self._streams.empty(1, num_tokens, self._model.hidden_size, dtype=dtype).normal_()
             self.gradients.open(self._head, single=False)
             self._head_loss.backward(params, hidden, batch, 1.0, self.gradients)
+
+    def time_passes(self, batch: MicroBatch, version: int, kinds: Collection[Recompute], alone: bool) -> StepTimes:
+        """Run and time the passes over a micro-batch; see `stream.timing.PassTimer`."""
+        assert self.gradients is not None
+        timer = PassTimer(self._streams, self._layouts, self._passes, self._head_loss, self.gradients, batch, alone)
+        self._weights.begin(timer.blocks, version)
+        self._model.train(True)
+        for _ in timer.blocks:
+            with self._visit() as (block, params):
+                timer.visit(block, params, kinds)
+        return timer.times()
 
     def reset(self) -> None:
         """After a failed step: wait for what is in flight, then forget it."""

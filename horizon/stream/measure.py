@@ -52,24 +52,25 @@ def _kept(executor: Executor, tokens: int, version: int, recompute: Recompute) -
     kinds = [kind for kind in (Recompute.selective, Recompute.none) if recompute in (Recompute.auto, kind)]
     if not kinds and executor.device.type != "cuda":
         return 0, 0
-    sizes = executor.rehearse_keeping(_batch(executor, 1, tokens)[0], version, kinds)
+    sizes = executor.rehearse_keeping(sample_batch(executor, 1, tokens)[0], version, kinds)
     per_token = {kind: -(-num_bytes // tokens) for kind, num_bytes in zip(kinds, sizes, strict=True)}
     return per_token.get(Recompute.selective, 0), per_token.get(Recompute.none, 0)
 
 
 def _measure(executor: Executor, rows: int, seq_len: int, version: int) -> tuple[int, int, int]:
-    executor.rehearse_layers(_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
-    many = _peak(lambda: executor.rehearse_layers(_batch(executor, rows, seq_len), version))
+    executor.rehearse_layers(sample_batch(executor, 1, seq_len), version)  # kernels compile, libraries take workspaces
+    many = _peak(lambda: executor.rehearse_layers(sample_batch(executor, rows, seq_len), version))
     few, half = 0, rows // 2
     if half:
-        few = _peak(lambda: executor.rehearse_layers(_batch(executor, half, seq_len), version))
+        few = _peak(lambda: executor.rehearse_layers(sample_batch(executor, half, seq_len), version))
     head = _peak(lambda: executor.rehearse_head(rows * seq_len, version))
     torch.cuda.empty_cache()
     per_token = max(0, many - few) // ((rows - half) * seq_len)
     return max(0, many - per_token * rows * seq_len), per_token, head
 
 
-def _batch(executor: Executor, rows: int, seq_len: int) -> list[MicroBatch]:
+def sample_batch(executor: Executor, rows: int, seq_len: int) -> list[MicroBatch]:
+    """A micro-batch of random tokens, all trained, on the device."""
     tokens = torch.randint(0, executor.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0))
     return to_micro_batches({"input_ids": tokens, "labels": tokens}, executor.device, executor.vocab_size)
 

@@ -3,7 +3,8 @@ import weakref
 import pytest
 import torch
 
-from horizon.stream.boundaries import LOOKAHEAD, Boundaries
+from horizon.plan.activations import LOOKAHEAD
+from horizon.stream.boundaries import Boundaries
 from horizon.stream.streams import Streams
 
 ROWS, TOKENS, HIDDEN = 2, 3, 8

@@ -1,0 +1,66 @@
+"""What the machine can do, tried before the states are allocated, on memory that is given back at once."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import torch
+
+from horizon.config.schema import Moments
+from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
+from horizon.optim.adamw import AdamW
+from horizon.optim.states import UpdateStates
+from horizon.optim.updater import Updater
+from horizon.plan.cost import Rates
+from horizon.store.gradients import KeptGradients
+from horizon.store.host import HostStore
+from horizon.stream.streams import Streams
+from horizon.stream.timing import measure_copies
+from horizon.units import align_up
+
+PARAMETERS = {"cuda": 32 << 20, "cpu": 4 << 20}  # 14 to 16 bytes each: 512 MiB, more than a processor's cache holds
+SWEEPS = 3  # updates of it all, the best of which counts: the first one takes its pages
+CHUNKS_A_THREAD = 4
+
+
+@lru_cache(maxsize=8)
+def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> Rates:
+    """Rates of copies and updates, each with nothing else going on; measured once per process."""
+    up, down, within = measure_copies(Streams.on(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Rates(
+        up_bytes_per_s=up,
+        down_bytes_per_s=down,
+        device_bytes_per_s=within,
+        updates_per_s=measure_update_rate(PARAMETERS[device.type], num_threads, grad_dtype, optimizer),
+        overlaps=device.type == "cuda",
+    )
+
+
+def measure_update_rate(num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
+    """Parameters per second, with nothing else using the host's memory."""
+    layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
+    store = HostStore([layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments))
+    buffers = KeptGradients([layout], grad_dtype, pin=False)
+    buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
+
+    def states(block: int) -> UpdateStates:
+        return UpdateStates.of_tensors(**store.states(block), grads=buffers.claim(block))
+
+    chunk = align_up(-(-num_parameters // (CHUNKS_A_THREAD * num_threads)), PARAM_ALIGN)
+    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk)
+    try:
+        return num_parameters / min(_sweep_seconds(updater, step) for step in range(1, SWEEPS + 1))
+    finally:
+        updater.close()
+        buffers.close()
+        store.close()
+
+
+def _sweep_seconds(updater: Updater, step: int) -> float:
+    started = time.perf_counter()
+    updater.submit(step, lr=1e-5, grad_scale=1.0)
+    updater.wait()
+    return time.perf_counter() - started

@@ -1,0 +1,159 @@
+"""How long a step will take: what was measured of passes, copies and updates, put on the lanes of `horizon.plan.lanes`.
+
+Pure arithmetic, as `horizon.plan.memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+
+from horizon.config.schema import Recompute
+from horizon.layout import BlockLayout
+from horizon.plan.activations import ActivationPlan
+from horizon.plan.lanes import BlockCost, StepCost, run_steps
+from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
+from horizon.plan.prediction import StepPrediction
+from horizon.plan.states import MASTER, MOMENTS, num_bytes
+from horizon.plan.traffic import loaded_elements
+
+HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
+
+LayerKind = tuple[int, int, Recompute]  # elements, trainable elements, and what is kept from forward to backward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the machine was measured to do."""
+
+    up_bytes_per_s: float  # host to device
+    down_bytes_per_s: float
+    device_bytes_per_s: float  # read and written by kernels
+    updates_per_s: float  # parameters, by all threads of the optimizer together
+    overlaps: bool  # copies run beside kernels
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Seconds of a block's passes over one micro-batch; recomputation is part of the backward."""
+
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What a micro-batch of `num_tokens` tokens was measured to take."""
+
+    num_tokens: int
+    embedding: PassTimes
+    layers: Mapping[LayerKind, PassTimes]
+    head_s: float  # forward and backward
+
+
+def layer_kind(layout: BlockLayout, first: int, plan: ActivationPlan) -> LayerKind:
+    """What decides how long a layer's passes take; backward ends at block `first`."""
+    kept = plan.recompute.get(layout.index, Recompute.full) if layout.index >= first else Recompute.full
+    return layout.num_elements, layout.num_trainable, kept
+
+
+def first_trained(layouts: Sequence[BlockLayout]) -> int:
+    """The lowest block with something to train, where backward ends."""
+    return min(lay.index for lay in layouts if lay.num_trainable)
+
+
+def predict_step(
+    needs: MemoryNeeds,
+    plan: ActivationPlan,
+    tokens: Sequence[int],
+    token_bytes: int,
+    times: StepTimes,
+    rates: Rates,
+    as_landed: bool,
+) -> StepPrediction:
+    """A step in steady state.
+
+    Args:
+        plan: of the step's activations.
+        tokens: tokens of each micro-batch.
+        token_bytes: bytes of one token's hidden state.
+        as_landed: the host updates a block as soon as its gradient has landed, not when the norm is known.
+    """
+    spent = run_steps(step_cost(needs, plan, tokens, token_bytes, times, rates, as_landed))
+    return StepPrediction(num_tokens=sum(tokens), **{f"{cause}_s": seconds for cause, seconds in spent.items()})
+
+
+def step_cost(
+    needs: MemoryNeeds,
+    plan: ActivationPlan,
+    tokens: Sequence[int],
+    token_bytes: int,
+    times: StepTimes,
+    rates: Rates,
+    as_landed: bool,
+) -> StepCost:
+    """What `horizon.plan.lanes` simulates; arguments as for `predict_step`."""
+    first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
+    shares = [num / times.num_tokens for num in tokens]
+    lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
+    element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+
+    def block(layout: BlockLayout) -> BlockCost:
+        if layout.index == 0:
+            passes = times.embedding
+        elif layout.index == head:
+            passes = PassTimes(0.0, times.head_s)
+        else:
+            passes = times.layers[layer_kind(layout, first, plan)]
+        at_home = layout.index in in_hbm
+        num_gradients = sum(math.prod(shape) for _, _, shape in layout.grad_ranges())
+        shared = [b for b in layout.borrowed if b.param.spec.trainable]
+        closing = _closing_bytes(needs, len(tokens) > 1 or layout.index == head)
+        return BlockCost(
+            load_s=loaded_elements(layout, in_hbm) * element / rates.up_bytes_per_s,
+            forward_s=tuple(share * passes.forward_s for share in shares),
+            backward_s=tuple(share * passes.backward_s for share in shares),
+            close_s=num_gradients * closing / rates.device_bytes_per_s,
+            drain_s=_drained_elements(layout, in_hbm) * needs.grad_dtype.itemsize / rates.down_bytes_per_s,
+            add_s=0.0 if at_home else lent.get(layout.index, 0) * needs.grad_dtype.itemsize / rates.up_bytes_per_s,
+            update_s=_update_bytes(layout, needs) / rates.device_bytes_per_s
+            if at_home
+            else layout.num_trainable / rates.updates_per_s,
+            buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
+            offloads=layout.index in plan.offloaded,
+            in_hbm=at_home,
+        )
+
+    return StepCost(
+        blocks=tuple(map(block, needs.layouts)),
+        first=first,
+        weight_slots=needs.weight_slots,
+        save_s=tuple(num * token_bytes / rates.down_bytes_per_s for num in tokens),
+        return_s=tuple(num * token_bytes / rates.up_bytes_per_s for num in tokens),
+        as_landed=as_landed,
+        hbm_as_landed=not needs.keeps_gradients,
+        ring=None if needs.keeps_gradients else RING_BUFFERS,
+        host_s=HOST_S,
+        overlaps=rates.overlaps,
+    )
+
+
+def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
+    """Elements of the block's gradient that cross the link: its own, and those of what it borrows."""
+    own = sum(p.spec.numel for p in layout.trainable) if layout.index not in in_hbm else 0
+    return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
+
+
+def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:
+    """Bytes that an update on the device reads and writes."""
+    states = num_bytes((*MASTER, *MOMENTS[needs.moments]), [layout])
+    return 2 * states + layout.num_trainable * needs.grad_dtype.itemsize
+
+
+def _closing_bytes(needs: MemoryNeeds, summed: bool) -> int:
+    """Bytes that compute reads and writes for each element of a finished gradient: to measure it, and to cast a sum."""
+    size = needs.grad_dtype.itemsize
+    return 4 + size + size if summed and needs.grad_dtype is not torch.float32 else size

@@ -1,0 +1,264 @@
+"""A step on its lanes: compute, fetch (host to device), drain (device to host) and the update on the host.
+
+Each lane does one thing after another. When a thing may begin is decided by the rules of `stream.slots`,
+`stream.gradients`, `stream.boundaries` and `optim.apply`, followed here in the order in which the host issues a step.
+The host itself takes no time but once a step; while it waits for something, it issues nothing. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from horizon.plan.activations import LOOKAHEAD
+from horizon.plan.memory import DRAIN_SLOTS
+
+SETTLING_STEPS = 3  # simulated before the one that counts: by then every step is like the one before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCost:
+    """What one block asks of the lanes in a step; seconds."""
+
+    load_s: float = 0.0  # its weights, host to device
+    forward_s: tuple[float, ...]  # by micro-batch
+    backward_s: tuple[float, ...]  # by micro-batch, recomputation included; the head's forward is in it
+    close_s: float = 0.0  # compute measures and casts the gradient
+    drain_s: float = 0.0  # the gradient, device to host
+    add_s: float = 0.0  # fetching the sums on the host that its gradient is added to, if there are some
+    update_s: float = 0.0  # by the threads of the host, or on the device if the states are there; 0: nothing to train
+    buffers: tuple[int, ...] = ()  # blocks whose gradient buffers it fills: its own, if it has something to train
+    offloads: bool = False  # what enters it waits on the host
+    in_hbm: bool = False  # its states live on the device: nothing to load or to drain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """A step to be simulated; seconds."""
+
+    blocks: tuple[BlockCost, ...]  # the embedding, the layers, the head
+    first: int = 0  # the lowest block with something to train, where backward ends
+    weight_slots: int = 2
+    save_s: tuple[float, ...] = ()  # of an offloaded boundary on its way to the host, by micro-batch
+    return_s: tuple[float, ...] = ()  # and back
+    as_landed: bool = False  # a block is updated when its gradient has landed; else all when the norm is known
+    hbm_as_landed: bool = False  # the same for blocks in HBM
+    ring: int | None = None  # gradient buffers on the host; None: one for every block
+    host_s: float = 0.0  # in which the host ends a step and begins the next, and issues nothing
+    overlaps: bool = True  # copies run beside kernels
+
+
+def run_steps(step: StepCost) -> dict[str, float]:
+    """Seconds of one step in steady state, by what compute does or waits for: arithmetic, link, optimizer, launch."""
+    lanes = _Lanes(step)
+    for _ in range(SETTLING_STEPS):
+        lanes.run()
+    before = dict(lanes.spent)
+    lanes.run()
+    return {cause: seconds - before[cause] for cause, seconds in lanes.spent.items()}
+
+
+@dataclass(slots=True)
+class _Lane:
+    free: float = 0.0
+
+    def run(self, ready: float, seconds: float) -> float:
+        """Do something that takes `seconds`, not before `ready`; tells when it is done."""
+        self.free = max(self.free, ready) + seconds
+        return self.free
+
+
+@dataclass(slots=True)
+class _Slot:
+    block: int | None = None
+    loaded: float = 0.0
+    released: float = 0.0
+
+
+class _Lanes:
+    """Lanes, slots and versions between and during steps; `spent` accounts for all time on compute."""
+
+    def __init__(self, step: StepCost):
+        self._step, self._blocks, self._head = step, step.blocks, len(step.blocks) - 1
+        self._compute, self._update = _Lane(), _Lane()
+        self._fetch, self._drain = (_Lane(), _Lane()) if step.overlaps else (self._compute, self._compute)
+        self._host = 0.0  # what the host issues from now on does not begin earlier
+        self.spent = dict.fromkeys(("arithmetic", "link", "optimizer", "launch"), 0.0)
+        self._version = [0.0] * len(self._blocks)  # when the weights of the step to come are there
+        self._slots = [_Slot() for _ in range(step.weight_slots)]
+        self._current: _Slot | None = None
+        self._visits: list[int] = []
+        self._next = self._ahead = 0
+        self._drained = [0.0] * DRAIN_SLOTS
+        self._turn = 0
+        self._landed = [0.0] * len(self._blocks)
+        self._claimed: dict[int, float] = {}  # by block whose gradient has a buffer of the ring: when it gives it back
+        self._saved: dict[tuple[int, int], float] = {}
+        self._returning: dict[tuple[int, int], float] = {}
+        self._order: deque[tuple[int, int]] = deque()
+
+    def run(self) -> None:
+        """One step."""
+        back = range(self._head - 1, self._step.first - 1, -1)
+        self._begin([*range(self._head + 1), *back])
+        for block in range(self._head):
+            self._forward(block)
+        self._backward(self._head)
+        self._order = deque((b, m) for b in back if self._blocks[b].offloads for m in range(len(self._step.return_s)))
+        self._bring_back()
+        for block in back:
+            self._backward(block)
+        self._end()
+
+    # ---- passes
+
+    def _forward(self, block: int) -> None:
+        cost = self._blocks[block]
+        self._acquire(block)
+        if cost.offloads:
+            for m, seconds in enumerate(self._step.save_s):
+                self._saved[block, m] = self._copy(self._drain, self._compute.free, seconds)
+        for m, seconds in enumerate(cost.forward_s):
+            self._work(seconds)
+            if cost.offloads:
+                self._idle(self._saved[block, m], "link")  # the memory goes to the next kernel
+        self._release()
+
+    def _backward(self, block: int) -> None:
+        cost = self._blocks[block]
+        self._acquire(block)
+        if not cost.in_hbm:
+            self._idle(self._drained[self._turn], "link")
+        if cost.add_s:
+            ready = max(self._compute.free, self._landed[self._head])  # where the other share came from
+            self._idle(self._copy(self._fetch, ready, cost.add_s), "link")
+        for m, seconds in enumerate(cost.backward_s):
+            if cost.offloads:
+                self._idle(self._returning.pop((block, m)), "link")
+                self._bring_back()
+            self._work(seconds)
+        self._work(cost.close_s)
+        self._land(block)
+        self._release()
+
+    def _bring_back(self) -> None:
+        while self._order and len(self._returning) < LOOKAHEAD:
+            key = self._order.popleft()
+            ready = max(self._compute.free, self._saved.pop(key))
+            self._returning[key] = self._copy(self._fetch, ready, self._step.return_s[key[1]])
+
+    # ---- gradients and updates
+
+    def _land(self, block: int) -> None:
+        """The block's gradient goes to the host, and is used there unless the norm is waited for."""
+        cost = self._blocks[block]
+        if cost.in_hbm:
+            self._landed[block] = self._compute.free
+        else:
+            for owner in cost.buffers:
+                self._claim(owner)
+            self._drained[self._turn] = self._copy(self._drain, self._compute.free, cost.drain_s)
+            self._landed[block] = self._drained[self._turn]
+            self._turn = (self._turn + 1) % DRAIN_SLOTS
+        if self._step.as_landed and block in cost.buffers:
+            lane = _Lane() if cost.in_hbm else self._update  # the device's is beside its kernels
+            self._version[block] = lane.run(self._landed[block], cost.update_s)
+            if block in self._claimed:
+                self._claimed[block] = self._version[block]
+
+    def _claim(self, block: int) -> None:
+        """Wait for a buffer of the ring, unless the block has one."""
+        ring = self._step.ring
+        if ring is None or block in self._claimed:
+            return
+        if len(self._claimed) == ring:
+            first = min(self._claimed, key=lambda b: self._claimed[b])
+            self._wait(self._claimed.pop(first), "optimizer")
+        self._claimed[block] = math.inf
+
+    def _end(self) -> None:
+        """The host waits for the last gradient, updates, and turns to the next step."""
+        self._wait(max(self._compute.free, *self._landed), "link")
+        for block, cost in enumerate(self._blocks):
+            if cost.in_hbm and not self._step.hbm_as_landed:
+                self._idle(self._compute.free + cost.update_s, "optimizer")  # ahead of the next forward
+            elif not cost.in_hbm and not self._step.as_landed and block in cost.buffers:
+                self._version[block] = self._update.run(self._host, cost.update_s)
+        self._wait(self._host + self._step.host_s, "launch")
+
+    # ---- weights, as `stream.slots` has them
+
+    def _begin(self, visits: Sequence[int]) -> None:
+        self._visits = [block for block in visits if not self._blocks[block].in_hbm]
+        self._next = self._ahead = 0
+        self._claimed = {}  # the forward waits for the updates that use them
+        for slot in self._slots:
+            slot.block = None  # of an older version
+        self._prefetch()
+
+    def _acquire(self, block: int) -> None:
+        if self._blocks[block].in_hbm:
+            self._wait(self._version[block], "optimizer")
+            self._prefetch()
+            return
+        if self._ahead <= self._next:
+            self._prefetch(wait=True)
+        self._current = self._holding(block)
+        assert self._current is not None
+        self._next += 1
+        self._idle(self._current.loaded, "link")
+        self._prefetch()
+
+    def _release(self) -> None:
+        if self._current is not None:
+            self._current.released, self._current = self._compute.free, None
+        self._prefetch()
+
+    def _prefetch(self, wait: bool = False) -> None:
+        while self._ahead < len(self._visits):
+            block = self._visits[self._ahead]
+            if self._holding(block) is None:
+                slot = self._victim()
+                if slot is None:
+                    return
+                if self._version[block] > self._host:
+                    if not (wait and self._ahead == self._next):
+                        return
+                    self._wait(self._version[block], "optimizer")
+                slot.block = block
+                slot.loaded = self._copy(self._fetch, slot.released, self._blocks[block].load_s)
+            self._ahead += 1
+
+    def _holding(self, block: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.block == block), None)
+
+    def _victim(self) -> _Slot | None:
+        coming, later = self._visits[self._next : self._ahead], self._visits[self._ahead :]
+        idle = [slot for slot in self._slots if slot is not self._current and slot.block not in coming]
+        return max(idle, key=lambda s: later.index(s.block) if s.block in later else len(later), default=None)
+
+    # ---- time
+
+    def _work(self, seconds: float) -> None:
+        self.spent["arithmetic"] += seconds
+        self._compute.free += seconds
+
+    def _idle(self, until: float, cause: str) -> None:
+        """Compute waits."""
+        self.spent[cause] += max(0.0, until - self._compute.free)
+        self._compute.free = max(self._compute.free, until)
+
+    def _wait(self, until: float, cause: str) -> None:
+        """The host waits, and compute does once it has nothing left to do."""
+        self._idle(until, cause)
+        self._host = max(self._host, until)
+        for lane in (self._fetch, self._drain):
+            lane.free = max(lane.free, until)
+
+    def _copy(self, lane: _Lane, ready: float, seconds: float) -> float:
+        if lane is self._compute:
+            self._idle(max(ready, lane.free) + seconds, "link")
+            return lane.free
+        return lane.run(ready, seconds)

@@ -1,0 +1,47 @@
+"""What the plan says of a step's time; made by `horizon.plan.cost`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NOTICEABLE = 0.03  # of a step: to wait for less than this is not what bounds it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPrediction:
+    """A step in steady state: what compute does and what it waits for."""
+
+    num_tokens: int
+    arithmetic_s: float  # kernels of blocks
+    link_s: float  # compute waits for a copy,
+    optimizer_s: float  # for an update,
+    launch_s: float  # for the host
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.arithmetic_s + self.link_s + self.optimizer_s + self.launch_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that go through the model."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for most, or the arithmetic if it hardly waits."""
+        waits = {"link": self.link_s, "host memory bandwidth": self.optimizer_s, "launches": self.launch_s}
+        worst = max(waits, key=lambda name: waits[name])
+        return worst if waits[worst] > NOTICEABLE * self.seconds else "arithmetic"
+
+    def describe(self) -> str:
+        """The prediction in a line."""
+        return (
+            f"predicted step {_seconds(self.seconds)}, {self.tokens_per_s:,.0f} tokens/s, bound by {self.bound}: "
+            f"arithmetic {_seconds(self.arithmetic_s)}, waiting for link {_seconds(self.link_s)}, "
+            f"optimizer {_seconds(self.optimizer_s)}, launches {_seconds(self.launch_s)}"
+        )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

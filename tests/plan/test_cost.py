@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from horizon.config.schema import Recompute
+from horizon.layout import ParamSpec, place_block
+from horizon.plan.activations import ActivationPlan
+from horizon.plan.cost import PassTimes, Rates, StepTimes, predict_step, step_cost
+from horizon.plan.memory import Limits, MemoryNeeds, plan_memory
+from horizon.plan.prediction import StepPrediction
+
+FULL, SELECTIVE, NONE = Recompute.full, Recompute.selective, Recompute.none
+EMBED = place_block(0, "embed", [ParamSpec("e", "e", (100, 64))])  # 6400 elements, 8192 with padding
+LAYERS = [
+    place_block(b, f"layer {b}", [ParamSpec("w", f"{b}.w", (64, 64)), ParamSpec("f", f"{b}.f", (50,), False)])
+    for b in (1, 2, 3)
+]  # 4096 to train of 6144
+HEAD = place_block(4, "head", [ParamSpec("n", "n", (64,))], [("lm", 0, EMBED.params[0])])  # 2048; borrows 6400
+KEEP_ALL = ActivationPlan(frozenset(), {}, ())
+RATES = Rates(
+    up_bytes_per_s=1000, down_bytes_per_s=500, device_bytes_per_s=10_000, updates_per_s=100, overlaps=True
+)  # fmt: skip
+TIMES = StepTimes(
+    32,
+    PassTimes(1.0, 2.0),
+    {(6144, 4096, FULL): PassTimes(3.0, 9.0), (6144, 4096, SELECTIVE): PassTimes(3.0, 7.0),
+     (6144, 4096, NONE): PassTimes(3.5, 6.0)},
+    8.0,
+)  # fmt: skip
+
+
+def needs(compute=torch.bfloat16, grad=torch.bfloat16, keeps=True):
+    return MemoryNeeds([EMBED, *LAYERS, HEAD], compute, grad, keeps, 2, 0, 0)
+
+
+def cost(of=None, plan=KEEP_ALL, tokens=(32, 32), as_landed=False):
+    return step_cost(of or needs(), plan, tokens, token_bytes=10, times=TIMES, rates=RATES, as_landed=as_landed)
+
+
+def test_copies_take_the_bytes_that_slots_and_gradients_really_move():
+    embed, layer, _, _, head = cost().blocks
+    assert (embed.load_s, layer.load_s, head.load_s) == (8.192 * 2, 6.144 * 2, (2.048 + 6.4) * 2)
+    assert (embed.drain_s, layer.drain_s, head.drain_s) == (6.4 * 2 * 2, 4.096 * 2 * 2, (0.064 + 6.4) * 2 * 2)
+    assert (embed.add_s, layer.add_s, head.add_s) == (6.4 * 2, 0, 0)  # the head's share of the table comes back
+    assert (embed.buffers, layer.buffers, head.buffers) == ((0,), (1,), (4, 0))
+
+
+def test_in_fp32_both_halves_go_up_and_gradients_are_twice_as_large():
+    layer = cost(needs(torch.float32, torch.float32)).blocks[1]
+    assert (layer.load_s, layer.drain_s) == (6.144 * 4, 4.096 * 4 * 2)
+
+
+def test_a_sum_is_cast_and_measured_and_a_single_gradient_only_measured():
+    per_element = {
+        (torch.bfloat16, (32, 32)): 4 + 2 + 2, (torch.bfloat16, (64,)): 2, (torch.float32, (32, 32)): 4,
+    }  # fmt: skip
+    for (grad, tokens), num_bytes in per_element.items():
+        assert cost(needs(grad=grad), tokens=tokens).blocks[1].close_s == pytest.approx(0.4096 * num_bytes)
+    assert cost(tokens=(64,)).blocks[4].close_s == pytest.approx(0.6464 * 8)  # the head sums over chunks of tokens
+
+
+def test_passes_follow_the_tokens_of_each_micro_batch():
+    embed, layer, _, _, head = cost(tokens=(32, 16)).blocks
+    assert (embed.forward_s, embed.backward_s) == ((1, 0.5), (2, 1))
+    assert (layer.forward_s, layer.backward_s) == ((3, 1.5), (9, 4.5))
+    assert (head.forward_s, head.backward_s) == ((0, 0), (8, 4))
+
+
+def test_layers_take_what_their_way_of_keeping_takes():
+    kept = replace(KEEP_ALL, recompute={2: SELECTIVE, 3: NONE}, offloaded=frozenset({1}))
+    layers = cost(plan=kept, tokens=(32,)).blocks[1:4]
+    assert [(lay.forward_s[0], lay.backward_s[0]) for lay in layers] == [(3, 9), (3, 7), (3.5, 6)]
+    assert [lay.offloads for lay in layers] == [True, False, False]
+
+
+def test_boundaries_cross_the_link_with_the_tokens_they_are_of():
+    step = cost(tokens=(32, 16))
+    assert (step.save_s, step.return_s) == ((0.64, 0.32), (0.32, 0.16))
+
+
+def test_when_updates_begin_and_how_many_buffers_gradients_have():
+    exact, speculative = cost(), cost(as_landed=True)
+    streamed = cost(needs(keeps=False), as_landed=True)  # without clipping, or with that of the step before
+    assert [(c.as_landed, c.hbm_as_landed, c.ring) for c in (exact, speculative, streamed)] == [
+        (False, False, None), (True, False, None), (True, True, 3),
+    ]  # fmt: skip
+    assert [b.update_s for b in exact.blocks] == [81.92, 40.96, 40.96, 40.96, 20.48]
+
+
+def test_what_is_in_hbm_crosses_no_link_and_is_updated_at_the_device_s_rate():
+    embed, layer, _, _, head = cost(replace(needs(), in_hbm=frozenset({0, 1}))).blocks
+    assert [b.in_hbm for b in (embed, layer, head)] == [True, True, False]
+    for block in (embed, layer):
+        assert (block.load_s, block.drain_s, block.add_s) == (0, 0, 0)
+    assert layer.update_s == pytest.approx((2 * (6.144 * 4 + 4.096 * 8) + 4.096 * 2) / 10)
+    assert (head.load_s, head.drain_s) == (2.048 * 2, 0.064 * 2 * 2)  # what it borrows is there already
+
+
+def test_blocks_below_the_first_that_trains_only_run_forward():
+    frozen = place_block(0, "embed", [ParamSpec("e", "e", (100, 64), False)])
+    head = place_block(4, "head", [ParamSpec("n", "n", (64,))], [("lm", 0, frozen.params[0])])
+    some = MemoryNeeds([frozen, *LAYERS, head], torch.bfloat16, torch.bfloat16, True, 2, 0, 0)
+    step = cost(some)
+    assert step.first == 1
+    assert (step.blocks[0].update_s, step.blocks[0].buffers, step.blocks[4].buffers) == (0, (), (4,))
+
+
+def predicted(rates=RATES, **changes):
+    of = needs(**changes)
+    return predict_step(of, KEEP_ALL, [32, 32], 10, TIMES, rates, as_landed=not of.keeps_gradients)
+
+
+def test_the_bound_is_what_a_step_waits_for():
+    fast = replace(RATES, up_bytes_per_s=1e9, down_bytes_per_s=1e9, device_bytes_per_s=1e9, updates_per_s=1e9)
+    assert predicted(fast).bound == "arithmetic"
+    assert predicted(replace(fast, updates_per_s=100)).bound == "host memory bandwidth"
+    assert predicted(replace(fast, up_bytes_per_s=100)).bound == "link"
+    assert predicted(fast).arithmetic_s == pytest.approx(2 * (1 + 2 + 3 * (3 + 9) + 8), rel=1e-3)
+
+
+def test_updates_inside_the_backward_save_what_it_hides():
+    slow = replace(RATES, up_bytes_per_s=1e9, down_bytes_per_s=1e9, device_bytes_per_s=1e9, updates_per_s=200)
+    assert predicted(slow, keeps=False).seconds < predicted(slow).seconds
+
+
+def test_the_plan_s_table_ends_with_the_prediction():
+    prediction = StepPrediction(num_tokens=4000, arithmetic_s=1.5, link_s=0.02, optimizer_s=0.475, launch_s=0.005)
+    plan = plan_memory(needs(), Limits(1 << 40, 1 << 40))
+    assert plan.with_activations((), prediction).table().splitlines()[-1] == (
+        "  predicted step 2.00 s, 2,000 tokens/s, bound by host memory bandwidth: arithmetic 1.50 s, waiting for link "
+        "20 ms, optimizer 475 ms, launches 5 ms"
+    )
+    assert "predicted step" not in plan.with_activations(()).table()
