@@ -15,6 +15,7 @@ from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.store.split import split_master
 from horizon.units import MIB
 from tests.gpu.models import DEVICE, EAGER, batches, build, differing, engine
+from tests.gpu.test_no_sync import watch
 
 pytestmark = pytest.mark.gpu
 
@@ -147,6 +148,19 @@ def test_a_slow_update_is_waited_for(monkeypatch, max_grad_norm):
     monkeypatch.setattr(torch.cuda.Stream, "wait_event", forgetful)
     broken = train(model, placed(2), **settings)
     assert broken[0] != expected[0] or differing(broken[1], expected[1])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5])
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, max_grad_norm, num_blocks):
+    model, memory = build("llama, tied"), placed(num_blocks)
+    with engine(model, compute_dtype="bfloat16", max_grad_norm=max_grad_norm, memory=memory) as streamed:
+        streamed.step(batches()), streamed.step(batches())  # kernels compile, the working set is measured
+        watch(streamed, monkeypatch)
+        try:
+            assert streamed.step(batches()).loss > 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- memory

@@ -125,6 +125,19 @@ def test_the_fewest_blocks_are_those_that_the_host_has_no_room_for():
     assert Placer(Policy.auto).place(needs(), limits, reserve=limits.device).in_hbm == {0}
 
 
+@pytest.mark.parametrize(("layouts", "first"), [(UNTIED, {0}), (TIED, {0, 3})], ids=["untied", "tied"])
+def test_with_auto_the_embedding_comes_before_what_layers_keep(layouts, first):
+
+    def bases(*placer, host=1 << 40):
+        return [n.in_hbm for n in Placer(*placer).bases(needs(layouts), Limits(host, 1 << 40))]
+
+    assert bases(Policy.auto) == [first, set()]
+    assert bases(Policy.hbm_first) == bases(Policy.dram) == [set()]
+    assert bases(Policy.auto, 3) == [first_blocks(layouts, 3)]
+    forced = tier(needs(layouts, in_hbm=first_blocks(layouts, 3)), "host")
+    assert bases(Policy.auto, host=forced) == [first_blocks(layouts, 3)] * 2  # the host has no room for the third
+
+
 def test_so_many_blocks_as_the_setting_says_whatever_there_is_room_for():
     placer = Placer(Policy.auto, 2)
     assert placer.place(needs(), Limits(0, 0), 1 << 50).in_hbm == {0, 1}
