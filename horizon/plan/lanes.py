@@ -75,6 +75,7 @@ class _Slot:
     block: int | None = None
     loaded: float = 0.0
     released: float = 0.0
+    late: bool = False  # it was free before its block was up to date
 
 
 class _Lanes:
@@ -90,6 +91,7 @@ class _Lanes:
         self._slots = [_Slot() for _ in range(step.weight_slots)]
         self._current: _Slot | None = None
         self._visits: list[int] = []
+        self._late: set[int] = set()
         self._next = self._ahead = 0
         self._drained = [0.0] * DRAIN_SLOTS
         self._turn = 0
@@ -155,14 +157,14 @@ class _Lanes:
         """The block's gradient goes to the host, and is used there unless the norm is waited for."""
         cost = self._blocks[block]
         if cost.in_hbm:
-            self._landed[block] = self._compute.free
+            self._landed[block] = self._drain.run(self._compute.free, 0.0)
         else:
             for owner in cost.buffers:
                 self._claim(owner)
             self._drained[self._turn] = self._copy(self._drain, self._compute.free, cost.drain_s)
             self._landed[block] = self._drained[self._turn]
             self._turn = (self._turn + 1) % DRAIN_SLOTS
-        if self._step.as_landed and block in cost.buffers:
+        if block in cost.buffers and (self._step.hbm_as_landed if cost.in_hbm else self._step.as_landed):
             lane = _Lane() if cost.in_hbm else self._update  # the device's is beside its kernels
             self._version[block] = lane.run(self._landed[block], cost.update_s)
             if block in self._claimed:
@@ -191,24 +193,24 @@ class _Lanes:
     # ---- weights, as `stream.slots` has them
 
     def _begin(self, visits: Sequence[int]) -> None:
-        self._visits = [block for block in visits if not self._blocks[block].in_hbm]
+        self._visits = list(visits)
         self._next = self._ahead = 0
         self._claimed = {}  # the forward waits for the updates that use them
+        self._late = set()
         for slot in self._slots:
             slot.block = None  # of an older version
         self._prefetch()
 
     def _acquire(self, block: int) -> None:
-        if self._blocks[block].in_hbm:
-            self._wait(self._version[block], "optimizer")
-            self._prefetch()
-            return
         if self._ahead <= self._next:
             self._prefetch(wait=True)
-        self._current = self._holding(block)
-        assert self._current is not None
+        if self._blocks[block].in_hbm:
+            self._wait(self._up_to_date(block), "optimizer")
+        else:
+            slot = self._current = self._holding(block)
+            assert slot is not None
+            self._idle(slot.loaded, "optimizer" if slot.late else "link")
         self._next += 1
-        self._idle(self._current.loaded, "link")
         self._prefetch()
 
     def _release(self) -> None:
@@ -219,17 +221,29 @@ class _Lanes:
     def _prefetch(self, wait: bool = False) -> None:
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
-            if self._holding(block) is None:
+            if not self._blocks[block].in_hbm and self._holding(block) is None:
                 slot = self._victim()
                 if slot is None:
                     return
-                if self._version[block] > self._host:
+                if self._up_to_date(block) > self._host:
+                    self._late.add(block)
                     if not (wait and self._ahead == self._next):
                         return
-                    self._wait(self._version[block], "optimizer")
-                slot.block = block
-                slot.loaded = self._copy(self._fetch, slot.released, self._blocks[block].load_s)
+                    self._wait(self._up_to_date(block), "optimizer")
+                self._load(slot, block)
             self._ahead += 1
+
+    def _load(self, slot: _Slot, block: int) -> None:
+        ready = slot.released
+        if any(self._blocks[source].in_hbm for source in self._blocks[block].buffers):
+            ready = max(ready, self._compute.free)  # their updates are kernels
+        slot.block, slot.late = block, block in self._late
+        slot.loaded = self._copy(self._fetch, ready, self._blocks[block].load_s)
+        self._late.discard(block)
+
+    def _up_to_date(self, block: int) -> float:
+        """When the weights of the block, and those that it borrows, are there."""
+        return max(self._version[source] for source in (block, *self._blocks[block].buffers))
 
     def _holding(self, block: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.block == block), None)

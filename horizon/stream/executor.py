@@ -176,7 +176,7 @@ class Executor:
             if block < self._first:
                 self._forward_block(block, params, batches, hidden, calls)
                 continue
-            self.gradients.open(block, single=False)
+            self.gradients.rehearse(block)
             for m, states in enumerate(hidden):
                 grad = torch.ones_like(states)
                 self._passes.backward((block, m), params, states, calls[m][block - 1], grad, self.gradients)
@@ -189,7 +189,7 @@ class Executor:
         assert self.gradients is not None
         most, layers = [0] * len(kinds), list(range(max(1, self._first), self._head))
         for block, params, (hidden,), (calls,) in self._rehearse([batch], version, layers):
-            self.gradients.open(block, single=False)
+            self.gradients.rehearse(block)
             call, grad = calls[block - 1], torch.ones_like(hidden)
             self._passes.backward((block, 0), params, hidden, call, grad, self.gradients)
             for i, kind in enumerate(kinds):
@@ -221,7 +221,7 @@ class Executor:
         with self._visit() as (_, params):
             dtype = next(iter(params.values())).dtype
             hidden = self._streams.empty(1, num_tokens, self._model.hidden_size, dtype=dtype).normal_()
-            self.gradients.open(self._head, single=False)
+            self.gradients.rehearse(self._head)
             self._head_loss.backward(params, hidden, batch, 1.0, self.gradients)
 
     def time_passes(self, batch: MicroBatch, version: int, kinds: Collection[Recompute], alone: bool) -> StepTimes:

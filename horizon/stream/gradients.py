@@ -118,14 +118,30 @@ class GradientSlots:
                 with self._streams.waiting(Cause.link, "gradient slot", block):
                     self._streams.compute.wait_event(slot.drained)
             self._flat = slot.flat
-        self._target = self._sum if self._needs_sum(block, single) else self._flat
-        ranges = [(name, offset, shape) for name, offset, shape in self._layouts[block].grad_ranges()]
-        self._places = {n: self._target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
-        self._written = set()
+        self._begin(block, self._sum if self._needs_sum(block, single) else self._flat)
         for span in self._spans[block]:
             for (start, stop), partial in self._partial.get(span.owner, {}).items():
                 fetched = self._add_partial(slot, span, start, stop, partial)
-                self._written |= {name for name, offset, _ in ranges if offset in fetched}
+                self._written |= {name for name, offset, _ in self._layouts[block].grad_ranges() if offset in fetched}
+
+    def rehearse(self, block: int, single: bool = False) -> None:
+        """As `open`, for gradients that are dropped: in memory that keeps none, and with no buffer claimed."""
+        size, slot = self._layouts[block].num_slot_elements, self._slot
+        dtype = self._buffers.dtype if single else torch.float32
+        target = self._sum.view(dtype)
+        if target.numel() < size and slot.flat.dtype is dtype and slot.flat.numel() >= size:
+            if slot.drained is not None:
+                self._streams.compute.wait_event(slot.drained)
+            target = slot.flat
+        elif target.numel() < size:
+            target = self._streams.empty(size, dtype=dtype)
+        self._begin(block, target)
+
+    def _begin(self, block: int, target: Tensor) -> None:
+        """Take the block's gradients in `target` from now on."""
+        ranges = self._layouts[block].grad_ranges()
+        self._target, self._written = target, set()
+        self._places = {n: target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
 
     def _needs_sum(self, block: int, single: bool) -> bool:
         """Whether the gradient is summed elsewhere than in the memory that it is kept in or drained from."""

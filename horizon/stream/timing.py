@@ -122,7 +122,7 @@ class PassTimer:
     @torch.no_grad()
     def visit(self, block: int, params: Params, kinds: Collection[Recompute]) -> None:
         """Time `block`, whose parameters these are; a layer with each of `kinds`, what it keeps for its backward."""
-        self._gradients.open(block, single=False)
+        self._gradients.rehearse(block)
         if block == 0:
             self._ends[0] = self._embedding(params)
         elif block == self._head:
@@ -173,7 +173,7 @@ class PassTimer:
     def _begin(self, block: int) -> None:
         """The gradients to come overwrite the block's; those of one of several micro-batches are added to them."""
         if self._alone:
-            self._gradients.open(block, single=block < self._head and not takes_tiles(self._hidden))
+            self._gradients.rehearse(block, single=block < self._head and not takes_tiles(self._hidden))
 
     def _time(
         self, forward: Callable[[], None], backward: Callable[[], None], settling_s: float = SETTLING_S

@@ -21,8 +21,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def make(tied=False, recompute="auto", **settings):
-    memory = horizon.MemoryConfig(recompute=recompute)
+def make(tied=False, recompute="auto", hbm_blocks=0, **settings):
+    memory = horizon.MemoryConfig(
+        recompute=recompute, policy="hbm_first" if hbm_blocks else "auto", hbm_blocks=hbm_blocks
+    )
     config = {**CONFIG, "tie_word_embeddings": tied}
     return horizon.Engine.from_config(config, device="cpu", memory=memory, self_check=False, **settings)
 
@@ -73,10 +75,10 @@ def test_every_kind_of_layer_is_timed_with_what_the_plan_keeps(monkeypatch):
     assert all(s > 0 for s in seconds)
 
 
-def run(plans, tied, max_grad_norm):
+def run(plans, tied, max_grad_norm, hbm_blocks):
     """Losses, norms and weights of steps with or without plans made in between."""
     found = []
-    with make(tied, recompute="none", max_grad_norm=max_grad_norm) as engine:
+    with make(tied, "none", hbm_blocks, max_grad_norm=max_grad_norm) as engine:
         for seed in range(2):
             if plans:
                 engine.plan_micro_batch(4, 16, 2)
@@ -95,8 +97,10 @@ def run(plans, tied, max_grad_norm):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [0.5, None])
-def test_measuring_changes_nothing(tied, max_grad_norm):
-    plain, measured = run(False, tied, max_grad_norm), run(True, tied, max_grad_norm)
+@pytest.mark.parametrize("hbm_blocks", [0, 2, 5])
+def test_measuring_changes_nothing(tied, max_grad_norm, hbm_blocks):
+    """Nor does it take a buffer of the ring, of which there are fewer than blocks in HBM."""
+    plain, measured = (run(plans, tied, max_grad_norm, hbm_blocks) for plans in (False, True))
     assert measured[0] == plain[0]
     for expected, found in zip(plain[1:], measured[1:], strict=True):
         assert expected.keys() == found.keys()
@@ -128,15 +132,13 @@ def test_no_room_to_measure_means_no_prediction(monkeypatch, caplog):
 
 
 def test_rates_are_measured_once_and_give_their_memory_back(monkeypatch):
-    arenas = []
+    arenas, map_all = [], Arena.__init__
 
-    class Counted(Arena):
-        def __init__(self, *args):
-            super().__init__(*args)
-            arenas.append(self)
+    def counted(self, *args):
+        arenas.append(self)
+        map_all(self, *args)
 
-    for module in ("stream.timing", "store.host", "store.gradients"):
-        monkeypatch.setattr(f"horizon.{module}.Arena", Counted)
+    monkeypatch.setattr(Arena, "__init__", counted)
     device, optimizer = torch.device("cpu"), horizon.AdamW(lr=0.123)
     rates = measure_rates(device, 2, torch.bfloat16, optimizer)
     assert min(rates.up_bytes_per_s, rates.down_bytes_per_s, rates.device_bytes_per_s, rates.updates_per_s) > 0
