@@ -4,7 +4,7 @@
 
 Gradients are those of the default job (clipped), of some groups of 64 elements of every parameter. Each way keeps its
 own moments through all steps; every fifth of the last five sixths of the steps counts. With --outlier X one gradient in
-64 is X times as large, and only the others count: codes with one scale for 64 elements must still tell small ones apart.
+64 is X times as large, and only the others count: codes with one scale for all 64 must tell small ones apart.
 """
 
 from __future__ import annotations

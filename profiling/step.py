@@ -175,11 +175,7 @@ def prediction_row(prediction: StepPrediction | None) -> dict:
 
 def facts() -> dict:
     """Machine, commit, versions and command: what makes a row comparable."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        name = commit.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        name = os.environ.get("HORIZON_COMMIT", "unknown")
+    name = os.environ.get("HORIZON_COMMIT") or _commit()
     packages = ("torch", "transformers", "triton", "numba", "liger-kernel")
     versions = {p: metadata.version(p) for p in packages if _installed(p)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
@@ -187,6 +183,14 @@ def facts() -> dict:
         "machine": f"{device}, {os.cpu_count()} cores, {platform.platform()}",
         "commit": name, "versions": versions, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
     }  # fmt: skip
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def _installed(package: str) -> bool:
