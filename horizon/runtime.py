@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -252,8 +252,10 @@ class Runtime:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         kept = self.buffers.kept
         self._predictor.learn(self._updater.parameters_per_s)
-        rows = rows or self._leaving_room(
-            kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, self.version)
+        rows = rows or next(
+            self._leaving_room(
+                kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, self.version)
+            )
         )
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
         if self._placer.moves:
@@ -293,27 +295,33 @@ class Runtime:
     ) -> None:
         """Move blocks, as `place` says, so that the activations of such a step find room."""
         keeps = self._placer.policy is Policy.auto
-        self._reserve = self._leaving_room(
-            borrow, lambda plan, idle: self._activations.device_bytes(plan, shapes, idle, self.version, keeps)
+        sizes = self._leaving_room(
+            borrow, lambda plan, idle: self._activations.num_bytes(plan, shapes, idle, self.version, keeps)
         )
+        _, self._reserve = min(sizes, key=lambda size: size[0])  # what is in HBM must not push more to the host
         needs = place(self._needs, self.plan.limits, self._reserve)
         if needs != self._needs:
             self._rearrange(needs)
         self._placed_for = shapes
 
-    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> T:
-        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations.
+    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> Iterator[T]:
+        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations, where that has room.
+
+        Then with the fewest.
 
         Raises:
-            BudgetError: it finds no room even with the fewest.
+            BudgetError: it finds no room even with these.
         """
-        *more, fewest = self._placer.bases(self._needs, self.plan.limits)
-        for needs in more:
-            with suppress(BudgetError):
+        refused, found = None, False
+        for needs in self._placer.bases(self._needs, self.plan.limits):
+            try:
                 plan, idle = plan_memory(needs, self.plan.limits), self._idle_bytes(needs, borrow)
-                return self.guarded(partial(work, plan, idle))
-        plan, idle = plan_memory(fewest, self.plan.limits), self._idle_bytes(fewest, borrow)
-        return self.guarded(partial(work, plan, idle))
+                yield self.guarded(partial(work, plan, idle))
+                found = True
+            except BudgetError as error:
+                refused = error
+        if refused is not None and not found:
+            raise refused
 
     def _idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
         """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""

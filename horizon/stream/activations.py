@@ -66,16 +66,17 @@ class Activations:
             self._plans = {key: self._planned(fixed, shapes, idle, version, self._recompute)}  # steps look alike
         return self._plans[key]
 
-    def device_bytes(
+    def num_bytes(
         self, fixed: MemoryPlan, shapes: Sequence[tuple[int, int]], idle: Sequence[int], version: int, keeps: bool
-    ) -> int:
-        """Device bytes that a step's activations take; arguments as for `plan`.
+    ) -> tuple[int, int]:
+        """(all host bytes of `fixed` and a step's activations, device bytes of these); arguments as for `plan`.
 
         `keeps`: with what layers may keep to be recomputed less; else without, where the plan has the choice.
         """
         recompute = Recompute.full if self._recompute is Recompute.auto and not keeps else self._recompute
         lines = self._planned(fixed, shapes, idle, version, recompute).lines
-        return sum(line.num_bytes for line in lines if line.tier == "device")
+        device = sum(line.num_bytes for line in lines if line.tier == "device")
+        return fixed.with_activations(lines).num_bytes("host"), device
 
     def boundaries(self, planned: ActivationPlan, tokens: Sequence[int], buffers: Sequence[Tensor]) -> Boundaries:
         """Places for a step's boundaries.
