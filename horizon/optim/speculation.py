@@ -127,6 +127,7 @@ class Speculation:
         if self._num_settled:
             return self._num_settled
         self.stop()
+        self._updater.wait_idle()
         jobs = [Job(block, partial(self._take_back, begun)) for block, begun in self._blocks.items() if begun.updated]
         self._updater.enqueue(jobs, self._step, self._lr, 1.0, publishes=False)
         self._updater.wait_idle()

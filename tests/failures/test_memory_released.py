@@ -8,10 +8,13 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from horizon import AdamW
 from horizon.errors import BudgetError, CheckpointError
+from horizon.optim.rate import measure_rates
+from horizon.optim.threads import default_num_threads
 from horizon.plan.machine import process_bytes
 from horizon.store import arena
 from horizon.store.host import HostStore
@@ -36,6 +39,8 @@ def mappings(monkeypatch):
         gc.collect()  # an error's traceback holds the frames it went through
         return len(made.alive)
 
+    for adamw in (AdamW(), AdamW(moments="int8")):  # what is tried on the machine once per process maps memory, too
+        measure_rates(torch.device("cpu"), default_num_threads(), torch.float32, adamw)
     made.left = left
     monkeypatch.setattr(arena, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": map_memory}))
     return made
