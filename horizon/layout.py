@@ -12,7 +12,7 @@ that prefix. A slot holds the block's own elements followed by those it borrows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from horizon.units import align_up
@@ -97,6 +97,11 @@ class BlockLayout:
         for b in self.borrowed:
             if b.param.spec.trainable:
                 yield b.local_name, b.offset, b.param.spec.shape
+
+
+def first_trained(layouts: Sequence[BlockLayout]) -> int:
+    """The lowest block with something to train, where backward ends."""
+    return min(lay.index for lay in layouts if lay.num_trainable)
 
 
 def place_block(

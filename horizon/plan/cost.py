@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from horizon.config.schema import Recompute
-from horizon.layout import BlockLayout
+from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
 from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
@@ -58,11 +58,6 @@ def layer_kind(layout: BlockLayout, first: int, plan: ActivationPlan) -> LayerKi
     """What decides how long a layer's passes take; backward ends at block `first`."""
     kept = plan.recompute.get(layout.index, Recompute.full) if layout.index >= first else Recompute.full
     return layout.num_elements, layout.num_trainable, kept
-
-
-def first_trained(layouts: Sequence[BlockLayout]) -> int:
-    """The lowest block with something to train, where backward ends."""
-    return min(lay.index for lay in layouts if lay.num_trainable)
 
 
 def predict_step(

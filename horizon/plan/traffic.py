@@ -6,7 +6,7 @@ from collections.abc import Set
 
 import torch
 
-from horizon.layout import BlockLayout
+from horizon.layout import BlockLayout, first_trained
 from horizon.plan.memory import MemoryNeeds
 
 
@@ -16,7 +16,7 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     The blocks that are still in a slot when backward begins (the head, the last layer, with more than two slots more of
     them) go up once, and so do frozen blocks below the lowest one that trains. Boundaries depend on the batch.
     """
-    first = min(lay.index for lay in needs.layouts if lay.num_trainable)
+    first = first_trained(needs.layouts)
     layouts = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     above = [lay for lay in layouts if lay.index >= first]
     kept = max(needs.weight_slots, 2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from horizon.config.schema import Recompute
+from horizon.layout import first_trained
 from horizon.models.blocks import BlockModel
 from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
@@ -66,7 +67,7 @@ class Executor:
         self._head = model.head
         self._weights = WeightSlots(streams, store, settings.weight_slots, settings.compute_dtype)
         self._head_loss = HeadLoss(model, settings.head_chunk)
-        self._first = min(lay.index for lay in self._layouts if lay.num_trainable)  # backward ends here
+        self._first = first_trained(self._layouts)
         self._randomness = Randomness(model, streams.device)
         self._passes = Passes(model, self._randomness, self._first)
         self._host_loss = torch.zeros((), pin_memory=streams.device.type == "cuda")

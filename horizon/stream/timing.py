@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from horizon.config.schema import Recompute
-from horizon.layout import BlockLayout
+from horizon.layout import BlockLayout, first_trained
 from horizon.models.blocks import Params
 from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
-from horizon.plan.cost import LayerKind, PassTimes, StepTimes, first_trained
+from horizon.plan.cost import LayerKind, PassTimes, StepTimes
 from horizon.store.arena import Arena
 from horizon.stream.batch import MicroBatch
 from horizon.stream.gradients import GradientSlots
