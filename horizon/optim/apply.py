@@ -89,7 +89,22 @@ class KeptUpdates:
         return self._num_updates
 
 
-class StreamedUpdates:
+class _Landed:
+    """What those sinks share whose updates begin as gradients land: a thread that watches for them."""
+
+    _landings: Landings
+
+    def turned(self, loss: Tensor, event: Event) -> None:
+        self._landings.turned(loss, event)
+
+    def landed(self, block: int, event: Event, norms: Tensor) -> None:
+        self._landings.landed(block, event, norms)
+
+    def finish(self) -> None:
+        self._landings.finish()
+
+
+class StreamedUpdates(_Landed):
     """Updates each block as soon as its gradient has landed; `release` gives a buffer back that needs no update.
 
     The scale is made from the norm of the step before, where there is a maximum. Nothing is updated before the step's
@@ -112,15 +127,6 @@ class StreamedUpdates:
         self._step, self._lr, self._num_updates = step, lr, 0
         self._landings.begin(step)
 
-    def turned(self, loss: Tensor, event: Event) -> None:
-        self._landings.turned(loss, event)
-
-    def landed(self, block: int, event: Event, norms: Tensor) -> None:
-        self._landings.landed(block, event, norms)
-
-    def finish(self) -> None:
-        self._landings.finish()
-
     def settle(self, norm: Tensor) -> Applied:
         return Applied(self._scale)
 
@@ -133,7 +139,7 @@ class StreamedUpdates:
         self._num_updates += 1
 
 
-class SpeculativeUpdates:
+class SpeculativeUpdates(_Landed):
     """Updates each block as soon as its gradient has landed, as if nothing would be clipped; `settle` knows better.
 
     It does so only where that is likely: when the step before was not clipped, and as long as the gradients so far
@@ -158,15 +164,6 @@ class SpeculativeUpdates:
         self._hopeful = calm and lr * self._weight_decay <= 0.5  # else little of a weight may be left to be given back
         self._square = 0.0
         self._landings.begin(step)
-
-    def turned(self, loss: Tensor, event: Event) -> None:
-        self._landings.turned(loss, event)
-
-    def landed(self, block: int, event: Event, norms: Tensor) -> None:
-        self._landings.landed(block, event, norms)
-
-    def finish(self) -> None:
-        self._landings.finish()
 
     def settle(self, norm: Tensor) -> Applied:
         scale = clip_scale(norm, self._max_norm)

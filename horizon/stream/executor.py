@@ -79,6 +79,11 @@ class Executor:
         return self._streams.device
 
     @property
+    def recording(self) -> bool:
+        """Whether what is run is taken down as a step's."""
+        return self._streams.timeline.recording
+
+    @property
     def vocab_size(self) -> int:
         """Tokens the model knows."""
         return self._model.vocab_size

@@ -49,11 +49,15 @@ class Predictor:
     ) -> StepPrediction | None:
         """A step of these micro-batches, the first as large as any; None where there is no room to time that one.
 
+        Nothing is timed while steps are recorded, for it would be taken for theirs; None then, too.
+
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
+        if self._executor.recording:
+            return None
         try:
             times = self._measured(needs, planned, shapes, version)
         except torch.cuda.OutOfMemoryError as error:
