@@ -309,7 +309,7 @@ class Engine:
             ConfigError: the model has no positions for rows of that length.
         """
         self._require_open()
-        return self._runtime.plan_micro_batch(batch_size, seq_len, rows)
+        return self._runtime.planner.announce(batch_size, seq_len, rows)
 
     def trace(
         self, path: str | Path | None = None, picture: str | Path | None = None

@@ -188,12 +188,11 @@ def main() -> None:
     if args.mode == "table":
         print(markdown([json.loads(line) for line in args.rows.read_text().splitlines()]))
         return
-    shared = facts()
     for row in (sweep_tokens if args.mode == "tokens" else sweep_budgets)(args):
         print(json.dumps(row), flush=True)
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps({**row, **shared}) + "\n")
+                file.write(json.dumps({**row, **facts()}) + "\n")
         sys.stdout.flush()
 
 

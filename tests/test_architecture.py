@@ -22,6 +22,7 @@ FLOW = (
     ("optim",),
     ("checkpoint",),
     ("data", "report"),
+    ("planner",),
     ("runtime",),
     ("check",),
     ("engine",),

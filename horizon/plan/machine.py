@@ -14,6 +14,9 @@ from horizon.units import GIB, MIB, parse_bytes
 
 TYPICAL_CONTEXT = 640 * MIB  # where it cannot be measured, because it existed before Horizon looked
 ALLOCATOR_SLACK = 384 * MIB
+LIBRARIES = (
+    640 * MIB
+)  # host memory that CUDA's libraries and compiled kernels take during the first steps (seen: 0.7 GiB)
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
 
@@ -54,7 +57,7 @@ def prepare_device(device: torch.device) -> None:
         return
     fresh = not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     before = _used_bytes(device) if fresh else None
-    if fresh and hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):  # also later: what is allocated from now on
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.cuda.set_device(device)  # registering host memory makes a context on the current device
     # A backward, because autograd's own thread needs its context, too.
@@ -77,6 +80,11 @@ def _used_bytes(device: torch.device) -> int | None:
 def process_bytes() -> int:
     """Resident host memory of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def host_overhead(device: torch.device) -> int:
+    """Host memory that goes to no state: what this process uses now, and what the device's libraries will add."""
+    return process_bytes() + (LIBRARIES if device.type == "cuda" else 0)
 
 
 def available_host_bytes() -> int:

@@ -46,6 +46,15 @@ class Activations:
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
         self._offload = OffloadSpace(not on_cpu)
 
+    @property
+    def kinds(self) -> frozenset[Recompute]:
+        """What layers of a step may come to keep."""
+        return frozenset(
+            (Recompute.full, Recompute.selective, Recompute.none)
+            if self._recompute is Recompute.auto
+            else [self._recompute]
+        )
+
     def choose_rows(self, fixed: MemoryPlan, batch_size: int, seq_len: int, idle: Sequence[int], version: int) -> int:
         """Rows per micro-batch for steps of `batch_size` rows."""
         working = self._working_set(seq_len, batch_size, version)
@@ -63,8 +72,14 @@ class Activations:
         """
         key = fixed, tuple(shapes), tuple(idle)
         if key not in self._plans:
-            self._plans = {key: self._planned(fixed, shapes, idle, version, self._recompute)}  # steps look alike
+            self._plans = {key: self.consider(fixed, shapes, idle, version)}  # steps look alike
         return self._plans[key]
+
+    def consider(
+        self, fixed: MemoryPlan, shapes: Sequence[tuple[int, int]], idle: Sequence[int], version: int
+    ) -> ActivationPlan:
+        """As `plan`, of a step that may never be taken."""
+        return self._planned(fixed, shapes, idle, version, self._recompute)
 
     def num_bytes(
         self, fixed: MemoryPlan, shapes: Sequence[tuple[int, int]], idle: Sequence[int], version: int, keeps: bool

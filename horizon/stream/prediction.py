@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,7 @@ class Predictor:
 
     def __init__(self, executor: Executor, rates: Rates, token_bytes: int):
         self._executor, self._rates, self._token_bytes = executor, rates, token_bytes
-        self._times: dict[tuple[object, ...], StepTimes] = {}
+        self._times: dict[tuple[object, ...], tuple[Set[Recompute], StepTimes]] = {}  # with the kinds that were timed
         self._predictions: dict[tuple[object, ...], StepPrediction] = {}
 
     def learn(self, updates_per_s: float | None) -> None:
@@ -47,38 +47,55 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, the first as large as any; None where there is no room to time that one.
-
-        Nothing is timed while steps are recorded, for it would be taken for theirs; None then, too.
+        """A step of these micro-batches, which `known` then knows; None where `time` fails.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if self._executor.recording:
+        if not self.time(shapes, _kinds(needs, planned), version):
             return None
+        self._predictions[_key(needs, shapes)] = self.estimate(needs, planned, shapes, as_landed)
+        return self._predictions[_key(needs, shapes)]
+
+    def estimate(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool) -> StepPrediction:
+        """A step of micro-batches that were timed, with all kinds of keeping in `planned`; arguments as `predict`."""
+        tokens = [rows * length for rows, length in shapes]
+        _, times = self._times[_timed_key(shapes)]
+        return predict_step(needs, planned, tokens, self._token_bytes, times, self._rates, as_landed)
+
+    def time(self, shapes: Shapes, kinds: Set[Recompute], version: int) -> bool:
+        """Time the passes over the first of these micro-batches, which is as large as any, once for each kind.
+
+        Returns:
+            whether they are timed. Nothing is while steps are recorded, for it would be taken for theirs, nor where the
+            device has no room for it.
+        """
+        key = _timed_key(shapes)
+        if key in self._times and kinds <= self._times[key][0]:
+            return True
+        if self._executor.recording:
+            return False
+        batch = sample_batch(self._executor, *shapes[0])[0]
         try:
-            times = self._measured(needs, planned, shapes, version)
+            times = self._executor.time_passes(batch, version, kinds, alone=len(shapes) == 1)
         except torch.cuda.OutOfMemoryError as error:
             self._executor.reset()
             logger.warning("no prediction of the step's time: %s", str(error).splitlines()[0])
-            return None
-        tokens = [rows * length for rows, length in shapes]
-        predicted = predict_step(needs, planned, tokens, self._token_bytes, times, self._rates, as_landed)
-        self._predictions[_key(needs, shapes)] = predicted
-        return predicted
+            return False
+        self._times[key] = kinds, times
+        if self._executor.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
-    def _measured(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int) -> StepTimes:
-        kinds = frozenset(planned.recompute.get(lay.index, Recompute.full) for lay in needs.layouts[1:-1])
-        alone = len(shapes) == 1
-        key = shapes[0], alone, kinds
-        if key not in self._times:
-            batch = sample_batch(self._executor, *shapes[0])[0]
-            self._times[key] = self._executor.time_passes(batch, version, kinds, alone)
-            if self._executor.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return self._times[key]
+
+def _kinds(needs: MemoryNeeds, planned: ActivationPlan) -> frozenset[Recompute]:
+    return frozenset(planned.recompute.get(layout.index, Recompute.full) for layout in needs.layouts[1:-1])
+
+
+def _timed_key(shapes: Shapes) -> tuple[object, ...]:
+    return shapes[0], len(shapes) == 1
 
 
 def _key(needs: MemoryNeeds, shapes: Shapes) -> tuple[object, ...]:

@@ -207,7 +207,7 @@ def test_blocks_come_and_go_without_a_trace_in_the_weights():
         before = dict(streamed.named_master_parameters())
         runtime = streamed._runtime
         for blocks in ({0, 1, 2}, {9}, set(range(10)), set()):
-            runtime._rearrange(replace(runtime._needs, in_hbm=frozenset(blocks)))
+            runtime.rearrange(replace(runtime.needs, in_hbm=frozenset(blocks)))
             assert differing(dict(streamed.named_master_parameters()), before) == []
             assert all(w.is_cuda == (b in blocks) for b, w in enumerate(runtime.store.weights))
             assert all(w.is_pinned() for w in runtime.store.weights if not w.is_cuda)
