@@ -16,6 +16,10 @@ class BudgetError(HorizonError):
     """Something does not fit the memory it was given; raised before it is allocated."""
 
 
+class TierError(HorizonError):
+    """A tier lost or refused bytes it holds: a disk that is full, broken or gone."""
+
+
 class UnsupportedModelError(HorizonError):
     """The architecture cannot be cut into blocks that compute what the model computes."""
 

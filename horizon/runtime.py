@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Recompute
+from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, Moments, NvmeEngine, Recompute, Tier
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
@@ -67,6 +67,7 @@ class Runtime:
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
         device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int, rates: Rates,
+        memory: MemoryConfig,
     ):  # fmt: skip
         self.model, self.plan, self.needs, self.device = model, plan, needs, device
         self._optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
@@ -75,11 +76,15 @@ class Runtime:
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
             pin_residual = needs.compute_dtype is torch.float32
-            self.store = HostStore(model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments)
+            self.store = HostStore(
+                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.placed,
+                memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
+            )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
+            self.store.observe_disk(self.streams.timeline.disk)
             head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
@@ -104,7 +109,7 @@ class Runtime:
     def _start_updater(self, needs: MemoryNeeds) -> None:
         self._updater = make_updater(
             self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
-            self.streams, lambda block: self.buffers.release(block), self._seed,
+            self.streams, lambda block: self.buffers.release(block), self._seed, self.store.pages,
         )  # fmt: skip
 
     @property
@@ -267,6 +272,15 @@ class Runtime:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
 
 
+def check_speculation(needs: MemoryNeeds, clipping: Clipping) -> None:
+    """Raise a ConfigError where states are on nvme and updates could be taken back."""
+    if clipping.mode is Clip.speculative and Tier.nvme in needs.placed.values():
+        raise ConfigError(
+            "clip=speculative takes updates back, which would bring states on nvme over the disk twice; set "
+            "optim.clip=exact or lagged, or keep states in dram (memory.policy=dram)"
+        )
+
+
 def build_runtime(
     skeleton: Any,
     weights: Any,
@@ -305,19 +319,16 @@ def build_runtime(
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments = Moments(optimizer.moments)
     needs = MemoryNeeds(
-        model.layouts,
-        dtype,
-        dtype,
-        keeps_gradients,
-        memory.weight_slots,
-        host_overhead(target),
-        overhead,
+        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
         moments=moments,
-    )
+    )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
-    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed, rates)
+    check_speculation(needs, clipping)
+    runtime = Runtime(
+        model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed, rates, memory
+    )  # fmt: skip
     try:
         runtime.load(weights, seed)
     except BaseException:

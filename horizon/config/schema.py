@@ -44,9 +44,23 @@ class Recompute(StrEnum):
 
 
 class Policy(StrEnum):
-    auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; on CPU as dram
-    dram = "dram"  # the states of all blocks on the host
+    auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; nvme for what dram does not hold
+    dram = "dram"  # the states of all blocks in host memory
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
+    nvme_optimizer = "nvme_optimizer"  # moments and residual on nvme, weights in dram
+    nvme_all = "nvme_all"  # all states on nvme
+
+
+class Tier(StrEnum):
+    hbm = "hbm"  # device memory: all states of a block or none
+    dram = "dram"  # host memory
+    nvme = "nvme"  # a file in memory.nvme_dir
+
+
+class NvmeEngine(StrEnum):
+    auto = "auto"  # direct where the folder's file system allows it, else tensorstore where it is installed
+    direct = "direct"  # one file past the page cache; through it, with a warning, where O_DIRECT is refused
+    tensorstore = "tensorstore"  # zarr3 arrays, written by the tensorstore package
 
 
 class Clip(StrEnum):
@@ -119,13 +133,28 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TierRule:
+    """Which tier holds some states of some blocks."""
+
+    state: str = "*"  # name pattern: weights, residual, exp_avg*, ...
+    blocks: str = "*"  # numbers, ranges (1-12) and name patterns (layers.*), separated by commas
+    tier: Tier = Tier.dram
+
+
+@dataclass(kw_only=True, slots=True)
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
     host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
-    policy: Policy = Policy.auto  # which blocks' states live in device memory, and are updated there
+    policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
+    rules: list[TierRule] = field(
+        default_factory=list
+    )  # (state, blocks, tier): the first that fits comes before policy
+    nvme_dir: str | None = None  # folder on a local disk for states on nvme; auto uses it only where dram is too small
+    nvme_budget: str = "auto"  # bytes of the file there; auto: what the file system has free, less 1 GiB
+    nvme_engine: NvmeEngine = NvmeEngine.auto  # what moves states between disk and memory
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one

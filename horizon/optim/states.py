@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +52,21 @@ class UpdateStates:
     ) -> UpdateStates:
         """Views of flat CPU tensors of the kinds that `horizon.plan.states` lists; `grads`: bfloat16 or float32."""
         given = (weights, residual, exp_avg, exp_avg_sq, grads, exp_avg_scale, exp_avg_sq_scale)
-        return cls(*(_as_array(tensor) for tensor in given if tensor is not None))
+        return cls(*(as_array(tensor) for tensor in given if tensor is not None))
 
     def arrays(self) -> UpdateArrays:
         """The arrays that there are, in the order that an update takes them."""
         return tuple(array for name in self.__slots__ if (array := getattr(self, name)) is not None)
 
-    def check(self, num_trainable: int, moments: Moments = Moments.float32) -> None:
-        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look."""
+    def check(self, num_trainable: int, moments: Moments = Moments.float32, elsewhere: Collection[str] = ()) -> None:
+        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look.
+
+        The states that are `elsewhere` have empty arrays here.
+        """
         for array, state in zip(self.arrays(), update_order(moments), strict=True):
             kinds = ("uint16", "float32") if state is GRADS else (_array_kind(state),)
             flat = array.ndim == 1 and array.flags.c_contiguous
-            least = state.span(0, num_trainable).stop
+            least = 0 if state.name in elsewhere else state.span(0, num_trainable).stop
             if not flat or array.dtype.name not in kinds or array.size < least:
                 raise RuntimeError(
                     f"state {state.name} is {array.dtype} {list(array.shape)} ({'flat' if flat else 'not flat'}); "
@@ -71,10 +74,10 @@ class UpdateStates:
                 )
 
 
-def _as_array(tensor: Tensor) -> Array:
+def as_array(tensor: Tensor) -> Array:
     """A numpy view; 16-bit kinds as uint16 bits."""
     return tensor.view(torch.uint16).numpy() if tensor.itemsize == 2 else tensor.numpy()
 
 
 def _array_kind(state: State) -> str:
-    return str(_as_array(torch.empty(0, dtype=state.dtype)).dtype)
+    return str(as_array(torch.empty(0, dtype=state.dtype)).dtype)

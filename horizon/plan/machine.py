@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ ALLOCATOR_SLACK = 384 * MIB
 LIBRARIES = (
     640 * MIB
 )  # host memory that CUDA's libraries and compiled kernels take during the first steps (seen: 0.7 GiB)
+DISK_MARGIN = GIB  # left on the file system with memory.nvme_budget=auto
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
 
@@ -111,12 +113,32 @@ def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
     """Budgets in bytes; `auto` is what is available now, this process's own use included."""
     available = available_host_bytes() + process_bytes()
     host = available if memory.host_budget == "auto" else parse_bytes(memory.host_budget, "memory.host_budget")
+    nvme = nvme_bytes(memory)
     if memory.device_budget != "auto":
-        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"))
+        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), nvme=nvme)
     if device.type == "cpu":
-        return Limits(host, available)
+        return Limits(host, available, nvme=nvme)
     free, total = torch.cuda.mem_get_info(device)
-    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN)
+    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, nvme=nvme)
+
+
+def nvme_bytes(memory: MemoryConfig) -> int:
+    """Bytes that states on nvme may take; 0 without a folder.
+
+    Raises:
+        ConfigError: memory.nvme_dir is no folder that can be written to, or a budget has no folder.
+    """
+    folder, budget = memory.nvme_dir, memory.nvme_budget
+    if folder is None:
+        if budget != "auto":
+            raise ConfigError(f"memory.nvme_budget={budget} without memory.nvme_dir; set the folder it is meant for")
+        return 0
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ConfigError(f"memory.nvme_dir={folder} is not a folder that can be written to; create it, or set another")
+    if budget != "auto":
+        return parse_bytes(budget, "memory.nvme_budget")
+    found = os.statvfs(folder)
+    return max(0, found.f_bavail * found.f_frsize - DISK_MARGIN)
 
 
 def context_bytes(device: torch.device) -> int:

@@ -25,6 +25,7 @@ import torch
 from horizon.errors import HorizonError
 
 COMPUTE, HOST, FETCH, DRAIN, UPDATE = "compute", "host", "H2D", "D2H", "update"  # lanes; "update 0", "update 1", ...
+DISK = "disk"  # lanes "disk 0", "disk 1", ...: one for each thread that moves states on nvme
 HBM_UPDATE = "HBM update"  # also the name of an update that compute itself does
 PACED = 100e-6  # seconds of work queued, below which the device would soon have run dry
 HOST_RESOLUTION = 20e-6  # seconds; shorter stretches of the host's lane belong to the one before
@@ -36,6 +37,7 @@ class Cause(StrEnum):
     arithmetic = "arithmetic"  # kernels of a block
     link = "link"  # bytes were on their way between host and device
     optimizer = "optimizer"  # an update was not done, or still held a host buffer
+    disk = "disk"  # bytes were on their way between disk and host
     data = "data"  # the caller: its rows, and their way to the device
     launch = "launch"  # nothing was queued, the host was still issuing
 
@@ -168,7 +170,7 @@ class _Step:
 class _Record:
     compute: Any
     steps: list[_Step] = field(default_factory=list)
-    updates: list[Span] = field(default_factory=list)  # appended to by the update threads; the host's scale
+    updates: list[Span] = field(default_factory=list)  # by the threads of update and disk; the host's scale
     moving: dict[str, _Transfer] = field(default_factory=dict)  # open transfers by lane
     activity: Activity = Activity(Cause.data, "between steps")
 
@@ -176,7 +178,7 @@ class _Record:
 class Timeline:
     """Records steps between `start` and `stop`; at other times every call returns at once and leaves nothing.
 
-    All methods but `update` and `beside` belong to the thread that drives the device.
+    All methods but `update`, `disk` and `beside` belong to the thread that drives the device.
     """
 
     def __init__(self, clock: Clock | None = None):
@@ -230,7 +232,13 @@ class Timeline:
         """
         if self._record is None:
             return nullcontext()
-        return self._updating(self._record, block, num_bytes)
+        return self._beside(self._record, "update", block, num_bytes)
+
+    def disk(self, what: str, block: int, num_bytes: int) -> AbstractContextManager[None]:
+        """The calling thread reads or writes states of `block` on nvme; may be called by any thread."""
+        if self._record is None:
+            return nullcontext()
+        return self._beside(self._record, what, block, num_bytes)
 
     def end_step(self) -> None:
         """A step is over and compute is idle; from here on the time is the caller's."""
@@ -289,11 +297,11 @@ class Timeline:
                 record.steps[-1].transfers.append(record.moving.pop(transfer.lane))
 
     @contextmanager
-    def _updating(self, record: _Record, block: int, num_bytes: int) -> Iterator[None]:
+    def _beside(self, record: _Record, what: str, block: int, num_bytes: int) -> Iterator[None]:
         start = self._clock.now()
         yield
-        lane = threading.current_thread().name.removeprefix("horizon-").replace("-", " ")
-        record.updates.append(Span(lane, "update", block, start, self._clock.now(), None, num_bytes))
+        lane = threading.current_thread().name.removeprefix("horizon-").replace("-", " ").replace("_", " ")
+        record.updates.append(Span(lane, what, block, start, self._clock.now(), None, num_bytes))
 
 
 def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
