@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from horizon import AdamW, MemoryConfig
-from horizon.config.schema import Tier, TierRule
+from horizon import AdamW, MemoryConfig, TierRule
+from horizon.config.schema import Tier
 from horizon.plan import disk as disk_plan
 from horizon.plan import memory as memory_plan
 from horizon.store import disk, host
