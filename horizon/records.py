@@ -41,24 +41,25 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """What crossed the link in a step, in one direction."""
+    """What crossed the link in a step, in one direction, or what was read from or written to disk."""
 
-    direction: str  # H2D or D2H
-    what: str  # weights, gradient, boundary
+    direction: str  # H2D, D2H, or disk
+    what: str  # weights, gradient, boundary; of the disk: read, write
     num_bytes: int
-    least_bytes: int  # what a step needs with all states in host memory
+    least_bytes: int  # what a step needs with all states where they are
     busy_ms: float  # of the copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSplit:
-    """Where a step's time went; means over the recorded steps. The five parts add up to `step_ms`."""
+    """Where a step's time went; means over the recorded steps. The six parts add up to `step_ms`."""
 
     steps: int  # recorded
     step_ms: float
     arithmetic_ms: float  # kernels of blocks
     link_ms: float  # compute waited for a copy,
     optimizer_ms: float  # for an update,
+    disk_ms: float  # for states on nvme,
     data_ms: float  # for the caller's rows,
     launch_ms: float  # for the host to issue something
     hbm_update_ms: float  # of optimizer_ms: compute itself updated blocks that live in HBM

@@ -89,7 +89,11 @@ class MemoryPlan:
             total, (limit, _) = self.num_bytes(tier), self.limits.of(tier)
             if total or tier != "nvme":
                 rows.append(f"  {tier:<7}{'predicted peak':<34}{format_bytes(total):>12}  of {format_bytes(limit)}")
-        return "\n".join([head, *rows, *([f"  {self.prediction.describe()}"] if self.prediction else [])])
+        if self.prediction:
+            rows.append(f"  {self.prediction.describe()}")
+        elif self.num_bytes("nvme"):
+            rows.append("  step time not predicted: the disk has no part in the prediction yet")
+        return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]

@@ -1,12 +1,13 @@
-"""The bytes that a step cannot help bringing across the link: none for blocks whose states live in HBM."""
+"""The bytes that a step cannot help bringing across the link, none for blocks in HBM, and to and from the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 
 from horizon.layout import BlockLayout, first_trained
+from horizon.plan.disk import loaded_states, num_pages, on_disk, page_spans, staged_parts
 from horizon.plan.memory import MemoryNeeds
 
 
@@ -21,10 +22,26 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     above = [lay for lay in layouts if lay.index >= first]
     kept = max(needs.weight_slots, 2)
     element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+    loads = (*layouts, *above[:-kept])
     return {
-        ("H2D", "weights"): element * sum(loaded_elements(lay, needs.in_hbm) for lay in (*layouts, *above[:-kept])),
+        **_disk_traffic(needs, loads),
+        ("H2D", "weights"): element * sum(loaded_elements(lay, needs.in_hbm) for lay in loads),
         ("D2H", "gradient"): needs.grad_dtype.itemsize * sum(lay.num_trainable for lay in layouts),
     }
+
+
+def _disk_traffic(needs: MemoryNeeds, loads: Sequence[BlockLayout]) -> dict[tuple[str, str], int]:
+    """What these loads and the update move: states on nvme are read for each load, read and written for the update."""
+    states, layouts, placed = needs.states, needs.layouts, needs.placed
+    updated = sum(
+        num_bytes
+        for state, block in on_disk(states, layouts, placed)
+        for page in range(num_pages(layouts[block]))
+        for _, num_bytes in page_spans([state], layouts[block], page).values()
+    )
+    loaded = loaded_states(states, needs.compute_dtype)
+    read = sum(staged_parts(loaded, layout, placed)[1] for layout in loads)
+    return {("disk", "read"): updated + read, ("disk", "write"): updated} if placed else {}
 
 
 def loaded_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:

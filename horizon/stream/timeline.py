@@ -311,8 +311,9 @@ def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
     for step, following in pairwise(record.steps):
         reached = _increasing([clock.seconds(step.anchor, m.point) for m in step.marks], step.start, following.start)
         issued = _increasing([m.host for m in step.marks], step.start, following.start)
+        compute = _stretches(COMPUTE, step.marks, reached, clock.resolution, None if clock.synchronous else issued)
         spans = [
-            *_stretches(COMPUTE, step.marks, reached, clock.resolution, None if clock.synchronous else issued),
+            *_blame_disk(compute, updates),
             *_stretches(HOST, step.marks, issued, max(clock.resolution, HOST_RESOLUTION), None),
             *(_moved_bytes(transfer, step.anchor, clock) for transfer in step.transfers),
             *(span for span in updates if step.start <= span.start < following.start),
@@ -320,6 +321,34 @@ def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
         moved = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in spans)
         steps.append(StepTimeline(step.start - origin, following.start - origin, moved))
     return steps
+
+
+def _blame_disk(compute: Sequence[Span], beside: Sequence[Span]) -> Iterator[Span]:
+    """Waits for the optimizer, cut: where none of its threads worked and the disk did, the disk was waited for."""
+    updating = union([span for span in beside if span.lane.startswith(UPDATE)])
+    moving = union([span for span in beside if span.lane.startswith(DISK)])
+    for span in compute:
+        if span.cause is not Cause.optimizer or span.what == HBM_UPDATE or not moving:
+            yield span
+            continue
+        edges = sorted(
+            {span.start, span.end, *(e for u in (*updating, *moving) for e in u if span.start < e < span.end)}
+        )
+        for start, end in pairwise(edges):
+            middle = (start + end) / 2
+            by_disk = any(a <= middle < b for a, b in moving) and not any(a <= middle < b for a, b in updating)
+            yield replace(span, start=start, end=end, cause=Cause.disk if by_disk else Cause.optimizer)
+
+
+def union(spans: Sequence[Span]) -> list[tuple[float, float]]:
+    """The times in which at least one of the spans, ordered by their start, is open."""
+    found: list[tuple[float, float]] = []
+    for span in spans:
+        if found and span.start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], span.end)
+        else:
+            found.append((span.start, span.end))
+    return found
 
 
 def _moved_bytes(transfer: _Transfer, anchor: Any, clock: Clock) -> Span:
