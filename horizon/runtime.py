@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, Moments, NvmeEngine, Recompute, Tier
+from horizon.config.schema import (
+    Clip,
+    ComputeDtype,
+    Kernels,
+    Master,
+    MemoryConfig,
+    Moments,
+    NvmeEngine,
+    Recompute,
+    Tier,
+)
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
@@ -77,8 +87,8 @@ class Runtime:
             limit_device(device, plan.limits.device)
             pin_residual = needs.compute_dtype is torch.float32
             self.store = HostStore(
-                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.placed,
-                memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
+                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.master,
+                needs.placed, memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
             )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
@@ -317,12 +327,12 @@ def build_runtime(
     rates = measure_rates(target, num_threads, dtype, optimizer)
     limits = memory_limits(memory, target)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    moments = Moments(optimizer.moments)
+    moments, master = Moments(optimizer.moments), Master(optimizer.master)
     needs = MemoryNeeds(
         model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
-        moments=moments,
+        moments=moments, master=master,
     )  # fmt: skip
-    placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
+    placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
     check_speculation(needs, clipping)

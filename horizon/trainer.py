@@ -268,6 +268,7 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             moments=optim.moments,
+            master=optim.master,
         ),
         "memory": config.memory,
         "max_grad_norm": optim.max_grad_norm,

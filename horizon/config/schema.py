@@ -69,6 +69,11 @@ class Clip(StrEnum):
     lagged = "lagged"  # updates inside the backward, scaled by the norm of the step before: not exact
 
 
+class Master(StrEnum):
+    split = "split"  # type: ignore[assignment]  # fp32 in two halves of 2 bytes; the upper one is what streams to the device
+    bf16_stochastic = "bf16_stochastic"  # 2 bytes: the fp32 update is rounded stochastically to bf16
+
+
 class Moments(StrEnum):
     float32 = "float32"  # 8 bytes a parameter
     bfloat16 = "bfloat16"  # 4, rounded stochastically
@@ -111,6 +116,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
+    master: Master = Master.split  # how the values of the parameters are kept between steps
     moments: Moments = Moments.float32  # how the two moments of each parameter are kept
     max_grad_norm: float | None = 1.0  # null: no clipping
     clip: Clip = Clip.exact  # when the update begins: exact | speculative | lagged

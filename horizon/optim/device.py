@@ -74,7 +74,7 @@ class _HostArithmetic:
         self._update = load_update()
 
     def __call__(self, block: int, states: StateTensors, decayed: StepScalars, undecayed: StepScalars) -> None:
-        arrays = UpdateStates.of_tensors(*states).arrays()
+        arrays = UpdateStates.of_tensors(**states._asdict()).arrays()
         for chunk in self._chunks[block]:
             weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
             self._update(weights, residual, exp_avg, exp_avg_sq, grads, decayed if chunk.decay else undecayed)

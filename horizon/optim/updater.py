@@ -24,12 +24,12 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from horizon.config.schema import Moments
+from horizon.config.schema import Master, Moments
 from horizon.errors import HorizonError, TierError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
-from horizon.optim.moments import noise, update_torch_bfloat16, update_torch_int8
+from horizon.optim.moments import noise, stochastic_master, update_torch_bfloat16, update_torch_int8
 from horizon.optim.states import UpdateStates, as_array, traffic, update_order
 from horizon.plan.disk import PAGE_ELEMENTS
 from horizon.store.ledger import Ledger
@@ -81,7 +81,7 @@ class _Pace:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
-    `seed` is that of the random bits with which moments of 16 or 8 bits are rounded.
+    `seed` is that of the random bits with which what is kept in 16 or 8 bits is rounded.
 
     A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
     until it calls `release(block index)`, just before the new version is published. States of a block that are on nvme
@@ -122,9 +122,10 @@ class Updater:
         self._adamw = adamw
         self._seed = seed
         self._num_threads = num_threads
-        self._moments = Moments(adamw.moments)
-        self._update = load_update(self._moments)
-        self._order = update_order(self._moments)
+        moments, master = Moments(adamw.moments), Master(adamw.master)
+        self._update = load_update(moments, master)
+        self._order = update_order(moments, master)
+        self._rounds = moments is not Moments.float32 or master is not Master.split
         self._timeline = timeline or Timeline()
         self._pages = pages
         self._threads: list[threading.Thread] = []
@@ -305,20 +306,20 @@ class Updater:
 
     def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk, parts: UpdateArrays) -> None:
         scalars = block.decayed if chunk.decay else block.undecayed
-        with self._timeline.update(block.layout.index, traffic(parts)):
+        with self._timeline.update(block.layout.index, traffic(parts, self._order)):
             if block.work is not None:
                 block.work(number, parts, scalars)
-            elif self._moments is Moments.float32:
-                self._update(*parts, scalars)
-            else:
+            elif self._rounds:
                 self._update(*parts, scalars, noise(self._seed, block.step, block.layout.index, chunk.start))
+            else:
+                self._update(*parts, scalars)
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
         with self._opening:
             if block.arrays is None:
                 states = self._states(block.layout.index)
                 paged = () if self._pages is None else self._pages.states.get(block.layout.index, ())
-                states.check(block.layout.num_trainable, self._moments, [state.name for state in paged])
+                states.check(block.layout.num_trainable, self._order, [state.name for state in paged])
                 block.arrays = states.arrays()
             return block.arrays
 
@@ -364,15 +365,22 @@ class Updater:
             self._wake.notify_all()
 
 
-def load_update(moments: Moments = Moments.float32) -> Update:
+def load_update(moments: Moments = Moments.float32, master: Master = Master.split) -> Update:
     """The numba kernel, or plain torch with one warning in the log where numba cannot be imported."""
     try:
         from horizon.optim.kernel import update_numba
         from horizon.optim.narrow import narrow_update
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
         log.warning("numba is not available (%s): AdamW runs as plain torch operations, about ten times slower", error)
-        return TORCH_UPDATES[moments]
-    return update_numba if moments is Moments.float32 else narrow_update(moments)
+        return torch_update(moments, master)
+    split = moments is Moments.float32 and master is Master.split
+    return update_numba if split else narrow_update(moments, master)
+
+
+def torch_update(moments: Moments, master: Master = Master.split) -> Update:
+    """The update as plain torch operations."""
+    update = TORCH_UPDATES[moments]
+    return update if master is Master.split else stochastic_master(update, moments is not Moments.float32)
 
 
 TORCH_UPDATES: dict[Moments, Update] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from horizon.config.schema import Moments, Tier
+from horizon.config.schema import Master, Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
 from horizon.plan.disk import (
@@ -24,7 +24,7 @@ from horizon.plan.disk import (
     update_page_bytes,
 )
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, State, num_bytes
+from horizon.plan.states import MOMENTS, State, num_bytes, states_of
 from horizon.units import GIB, MIB, format_bytes
 
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
@@ -117,12 +117,13 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
+    master: Master = Master.split
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
 
     @property
     def states(self) -> tuple[State, ...]:
         """What every block has, gradients apart."""
-        return (*MASTER, *MOMENTS[self.moments])
+        return states_of(self.master, self.moments)
 
     def tier(self, state: State, block: int) -> Tier:
         """Where a state of a block is."""
@@ -213,8 +214,9 @@ def _remedy(plan: MemoryPlan, needs: MemoryNeeds) -> str:
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:
-    """Device bytes of the weight slots: fp32 needs room for both halves and the joined values."""
-    per_element = 2 if needs.compute_dtype is torch.bfloat16 else 8
+    """Device bytes of the weight slots: fp32 needs room for what is loaded and the joined values."""
+    halves = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
+    per_element = halves if needs.compute_dtype is torch.bfloat16 else halves + 4
     return needs.weight_slots * per_element * slot_elements(needs.layouts, needs.in_hbm, needs.compute_dtype)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from horizon.config.schema import MemoryConfig, Moments, Policy, Tier, TierRule
+from horizon.config.schema import Master, MemoryConfig, Moments, Policy, Tier, TierRule
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
@@ -82,11 +82,12 @@ class Placer:
 
 
 def read_policy(
-    memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int, moments: Moments = Moments.float32
-) -> Placer:
+    memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int,
+    moments: Moments = Moments.float32, master: Master = Master.split,
+) -> Placer:  # fmt: skip
     """The settings, checked. On CPU, where HBM would be the same memory, `auto` is `dram`.
 
-    It is, too, where moments are not in fp32: the device updates no others.
+    It is, too, where moments or masters are not in fp32: the device updates no others.
 
     Args:
         can_update: the device can update blocks in its memory.
@@ -107,7 +108,12 @@ def read_policy(
     by_rule = any(rule.tier is Tier.hbm for rule in rules)
     if (wanted or by_rule or policy is Policy.hbm_first) and not can_update:
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
-    if (wanted or by_rule or policy is Policy.hbm_first) and moments is not Moments.float32:
+    narrow = [
+        f"optim.{name}={value}"
+        for name, value, full in (("moments", moments, Moments.float32), ("master", master, Master.split))
+        if value is not full
+    ]
+    if (wanted or by_rule or policy is Policy.hbm_first) and narrow:
         setting = (
             f"memory.hbm_blocks={wanted}"
             if wanted
@@ -116,11 +122,11 @@ def read_policy(
             else "memory.policy=hbm_first"
         )
         raise ConfigError(
-            f"{setting} with optim.moments={moments}: blocks in HBM have float32 moments; use memory.policy=dram "
-            "(memory.hbm_blocks=null), or optim.moments=float32"
+            f"{setting} with {narrow[0]}: blocks in HBM have split masters and float32 moments; use memory.policy=dram "
+            "(memory.hbm_blocks=null), or optim.moments=float32 and optim.master=split"
         )
     spills = policy is Policy.auto and memory.nvme_dir is not None and not rules
-    if policy is Policy.auto and (device.type == "cpu" or not can_update or moments is not Moments.float32):
+    if policy is Policy.auto and (device.type == "cpu" or not can_update or narrow):
         policy = Policy.dram
     return Placer(policy, wanted, rules, spills)
 

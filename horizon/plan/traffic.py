@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 
-import torch
-
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.disk import loaded_states, num_pages, on_disk, page_spans, staged_parts
 from horizon.plan.memory import MemoryNeeds
@@ -21,7 +19,7 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     layouts = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     above = [lay for lay in layouts if lay.index >= first]
     kept = max(needs.weight_slots, 2)
-    element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+    element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
     loads = (*layouts, *above[:-kept])
     return {
         **_disk_traffic(needs, loads),

@@ -1,10 +1,10 @@
 """The host store: every parameter and optimizer state of the model, flat per block, in DRAM or on nvme.
 
 `horizon.plan.states` lists the kinds. `weights` (bf16, the high half of the fp32 master) is what streams to the device;
-`residual` is the low half; moments exist for trainable parameters only. Nothing is held twice: a parameter is read or
-written through the layout, by its Hugging Face name. Blocks that the placement names have all their states in device
-memory (`hbm`) instead, and none on the host. States on nvme reach their update through `pages`, the device through
-`loads`, and everybody else through `read_state` and `write_state`.
+`residual` is the low half, if there is one; moments exist for trainable parameters only. Nothing is held twice: a
+parameter is read or written through the layout, by its Hugging Face name. Blocks that the placement names have all
+their states in device memory (`hbm`) instead, and none on the host. States on nvme reach their update through `pages`,
+the device through `loads`, and everybody else through `read_state` and `write_state`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence, Set
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Moments, NvmeEngine, Tier
+from horizon.config.schema import Master, Moments, NvmeEngine, Tier
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
 from horizon.plan.disk import LOAD_BUFFERS, UPDATE_PAGES, Place, Placement, map_disk
-from horizon.plan.states import MASTER, MOMENTS, State
+from horizon.plan.states import MASTERS, MOMENTS, State, states_of
 from horizon.store.ledger import Ledger
 from horizon.store.loads import StagedLoads
 from horizon.store.nvme import NvmeTier, Observer, as_bytes, open_nvme
@@ -40,7 +40,7 @@ class HostStore:
 
     Attributes:
         weights: bf16 [num_elements] per block; empty where they are on nvme, as with all states.
-        residual: int16 [num_elements] per block.
+        residual: int16 [num_elements] per block; an empty list where the weights alone are the masters.
         moments: by name, in the order of `horizon.plan.states`, the flat tensors of all blocks.
         in_hbm: blocks whose states are on the device.
         ledger: how many optimizer steps the weights of each block have seen.
@@ -56,6 +56,7 @@ class HostStore:
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
         moments: Moments = Moments.float32,
+        master: Master = Master.split,
         placed: Placement | None = None,
         nvme_dir: str | None = None,
         nvme_engine: NvmeEngine = NvmeEngine.auto,
@@ -68,15 +69,15 @@ class HostStore:
         self._nvme: NvmeTier | None = None
         self.pages: UpdatePages | None = None
         self.loads: StagedLoads | None = None
-        weights, residual = MASTER
-        self._kinds = {state.name: state for state in (*MASTER, *MOMENTS[moments])}
+        weights, *rest = MASTERS[master]
+        self._kinds = {state.name: state for state in states_of(master, moments)}
         try:
             if Tier.nvme in self._placed.values():
-                loaded = [weights, residual] if pin_residual else [weights]
+                loaded = [weights, *rest] if pin_residual else [weights]
                 self._open_nvme(nvme_dir or "", nvme_engine, loaded, pin)
             # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
             self.weights = self._allocate(weights, pin)
-            self.residual = self._allocate(residual, pin and pin_residual)
+            self.residual = self._allocate(rest[0], pin and pin_residual) if rest else []
             self.moments = {state.name: self._allocate(state, False) for state in MOMENTS[moments]}
         except BaseException:
             self.close()
@@ -98,7 +99,8 @@ class HostStore:
     def states(self, block: int) -> dict[str, Tensor]:
         """All flat tensors of a block, by name, where they are; those on nvme are empty here."""
         moments = {name: blocks[block] for name, blocks in self.moments.items()}
-        return {"weights": self.weights[block], "residual": self.residual[block], **moments}
+        residual = {"residual": self.residual[block]} if self.residual else {}
+        return {"weights": self.weights[block], **residual, **moments}
 
     def read_state(self, name: str, block: int) -> Tensor:
         """A copy in host memory of a state of a block, wherever it is; no update of it may be under way."""
@@ -166,18 +168,22 @@ class HostStore:
         return iter(self._places)
 
     def write_master(self, name: str, value: Tensor) -> None:
-        """Set a parameter from a tensor of any float dtype on any device, exactly."""
+        """Set a parameter from a tensor of any float dtype on any device: exactly, or to the nearest bf16 value."""
         block, param = self.place(name)
         if tuple(value.shape) != param.spec.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
         high, low = split_master(value.detach().reshape(-1).float())
         self._write(("weights", block), param.offset, high)
-        self._write(("residual", block), param.offset, low)
+        if self.residual:
+            self._write(("residual", block), param.offset, low)
 
     def read_master(self, name: str) -> Tensor:
         """A parameter's exact fp32 value, a new CPU tensor of its shape."""
         block, param = self.place(name)
-        high, low = (self._read((name, block), param.offset, param.end) for name in ("weights", "residual"))
+        high = self._read(("weights", block), param.offset, param.end)
+        if not self.residual:
+            return high.float().view(param.spec.shape)
+        low = self._read(("residual", block), param.offset, param.end)
         return join_master(high, low).view(param.spec.shape)
 
     def observe_disk(self, observe: Observer) -> None:

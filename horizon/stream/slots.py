@@ -57,7 +57,7 @@ class Slot:
 
     index: int
     flat: Tensor  # [largest block's slot elements], the dtype blocks compute in
-    halves: tuple[Tensor, Tensor] | None  # staging for both halves of the master when computing in fp32
+    halves: tuple[Tensor, ...] | None  # staging for what the master consists of when computing in fp32
     state: SlotState = SlotState.EMPTY
     block: int | None = None
     version: int = -1
@@ -83,7 +83,7 @@ class WeightSlots:
     Args:
         num_slots: 1 serialises copies and kernels; each further slot loads one block further ahead and costs the
             largest block's bytes on the device.
-        dtype: bfloat16 loads the high halves; float32 loads both halves and joins them.
+        dtype: bfloat16 loads the weights; float32 also loads their residual, if there is one, and joins them.
     """
 
     def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
@@ -111,8 +111,10 @@ class WeightSlots:
         flat = self._streams.empty(size, dtype=self._dtype)
         if self._dtype is torch.bfloat16:
             return Slot(index, flat, None)
-        halves = self._streams.empty(size, dtype=torch.bfloat16), self._streams.empty(size, dtype=torch.int16)
-        return Slot(index, flat, halves)
+        high = self._streams.empty(size, dtype=torch.bfloat16)
+        if not self._store.residual:
+            return Slot(index, flat, (high,))
+        return Slot(index, flat, (high, self._streams.empty(size, dtype=torch.int16)))
 
     def begin(self, visits: list[int], version: int) -> None:
         """Start a walk over `visits` (block numbers) that needs the blocks' weights at `version`."""
@@ -258,11 +260,10 @@ class WeightSlots:
             if slot.halves is None:
                 self._copy_block("weights", block, slot.flat)
             else:
-                high, low = slot.halves
-                self._copy_block("weights", block, high)
-                self._copy_block("residual", block, low)
+                for name, half in zip(("weights", "residual"), slot.halves, strict=False):
+                    self._copy_block(name, block, half)
                 with self._streams.running(fetch):
-                    join_master(high[:size], low[:size], out=slot.flat[:size])
+                    _join([half[:size] for half in slot.halves], slot.flat[:size])
         slot.loaded = fetch.record_event()
         if self._store.loads is not None:
             self._store.loads.done(self._ahead, slot.loaded)
@@ -287,6 +288,14 @@ class WeightSlots:
             return
         with self._streams.running(self._streams.fetch):
             target.copy_(source, non_blocking=True)
+
+
+def _join(halves: Sequence[Tensor], values: Tensor) -> None:
+    """Fill `values` (float32) from both halves of a split master, or from bf16 weights that are the master."""
+    if len(halves) == 1:
+        values.copy_(halves[0])
+    else:
+        join_master(halves[0], halves[1], out=values)
 
 
 def _sources(layout: BlockLayout) -> set[int]:

@@ -198,6 +198,25 @@ def test_states_are_read_and_written_wherever_they_are(folder):
                     assert (store.read_state(name, block) == 1).all()
 
 
+def test_masters_are_read_when_their_residual_is_on_disk(folder, monkeypatch):
+    """The weights are published before the residual, which no load reads, is written."""
+    from horizon.store import nvme
+
+    class SlowToWrite(disk.DirectFile):
+        def write(self, place, offset, data):
+            time.sleep(0.05)
+            super().write(place, offset, data)
+
+    memory = MemoryConfig(nvme_dir=folder, policy="nvme_optimizer")
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(nvme, "DirectFile", SlowToWrite if slow else disk.DirectFile)
+        with engine_for(deep(False), memory=memory, compute_dtype="bfloat16") as engine:
+            engine.step(plain(0))
+            found.append(dict(engine.named_master_parameters()))
+    assert_same_tensors(found[1], found[0])
+
+
 # ---- where states go
 
 

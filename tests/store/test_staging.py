@@ -20,6 +20,8 @@ from horizon.store.loads import StagedLoads
 from horizon.store.nvme import NvmeTier
 from horizon.store.pages import UpdatePages
 
+pytestmark = pytest.mark.timeout(60)  # what waits for a page that never comes has failed
+
 PAGE = 1 << 16
 STATES = (*MASTER, *MOMENTS["float32"])
 OWNER = place_block(0, "b0", [ParamSpec("w0", "w", (2 * PAGE + 100,))])
