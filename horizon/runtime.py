@@ -27,7 +27,6 @@ from horizon.config.schema import (
     Moments,
     NvmeEngine,
     Recompute,
-    Tier,
 )
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
@@ -47,6 +46,7 @@ from horizon.plan.machine import (
     lift_device_limit,
     limit_device,
     memory_limits,
+    pins,
     prepare_device,
     resolve_device,
     resolve_dtype,
@@ -81,7 +81,7 @@ class Runtime:
     ):  # fmt: skip
         self.model, self.plan, self.needs, self.device = model, plan, needs, device
         self._optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
-        self._pin = device.type == "cuda"
+        self._pin = pins(device)
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
@@ -284,7 +284,7 @@ class Runtime:
 
 def check_speculation(needs: MemoryNeeds, clipping: Clipping) -> None:
     """Raise a ConfigError where states are on nvme and updates could be taken back."""
-    if clipping.mode is Clip.speculative and Tier.nvme in needs.placed.values():
+    if clipping.mode is Clip.speculative and needs.on_nvme:
         raise ConfigError(
             "clip=speculative takes updates back, which would bring states on nvme over the disk twice; set "
             "optim.clip=exact or lagged, or keep states in dram (memory.policy=dram)"

@@ -7,7 +7,7 @@ holds all that an update of these elements needs. Loads to the device bring whol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,19 +43,26 @@ class DiskMap:
     num_bytes: int  # of the file
 
 
-def on_disk(states: Iterable[State], layouts: Iterable[BlockLayout], placed: Placement) -> Iterator[tuple[State, int]]:
-    """(state, block) of what is on nvme, block by block."""
+def on_tier(placed: Placement, tier: Tier) -> frozenset[Place]:
+    """What is on a tier of the host other than dram."""
+    return frozenset(place for place, where in placed.items() if where is tier)
+
+
+def by_block(
+    states: Iterable[State], layouts: Iterable[BlockLayout], places: Collection[Place]
+) -> Iterator[tuple[State, int]]:
+    """(state, block) of those places, block by block."""
     states = tuple(states)
     for layout in layouts:
         for state in states:
-            if placed.get((state.name, layout.index)) is Tier.nvme:
+            if (state.name, layout.index) in places:
                 yield state, layout.index
 
 
-def map_disk(states: Sequence[State], layouts: Sequence[BlockLayout], placed: Placement) -> DiskMap:
+def map_disk(states: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> DiskMap:
     """Lay out the file: block by block, each state of a block in a region of its own."""
     regions, end = {}, 0
-    for state, block in on_disk(states, layouts, placed):
+    for state, block in by_block(states, layouts, places):
         size = align_up(state.num_bytes(layouts[block]), DISK_BLOCK)
         offset = align_up(end, LARGE_REGION if size >= LARGE_REGION else DISK_BLOCK)
         regions[state.name, block] = Region(offset, size)
@@ -83,10 +90,10 @@ def page_spans(states: Iterable[State], layout: BlockLayout, page: int) -> dict[
     return spans
 
 
-def update_page_bytes(states: Sequence[State], layouts: Sequence[BlockLayout], placed: Placement) -> int:
+def update_page_bytes(states: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:
     """Bytes of one staged page: enough for any page of any block; 0 where updates stage nothing."""
     paged: dict[int, list[State]] = {}
-    for state, block in on_disk(states, layouts, placed):
+    for state, block in by_block(states, layouts, places):
         paged.setdefault(block, []).append(state)
     sizes = [
         sum(num_bytes for _, num_bytes in page_spans(of_block, layouts[block], 0).values())
@@ -122,17 +129,20 @@ class StagedPart(NamedTuple):
     skip: int  # before the part's first byte
 
 
-def staged_parts(loaded: Sequence[State], layout: BlockLayout, placed: Placement) -> tuple[list[StagedPart], int]:
-    """What a load of the block reads from disk, one after the other in a buffer, and the bytes of that buffer.
+def staged_parts(
+    loaded: Sequence[State], layout: BlockLayout, places: Collection[Place]
+) -> tuple[list[StagedPart], int]:
+    """What of a load of the block is staged, one after the other in a buffer, and the bytes of that buffer.
 
     Args:
         loaded: the states that go to the device; every element of a block has one number of each.
+        places: what the device cannot copy from where it is.
     """
     parts, place = [], 0
     for state in loaded:
         size = state.dtype.itemsize
         for part in load_parts(layout):
-            if placed.get((state.name, part.owner)) is Tier.nvme and part.stop > part.start:
+            if (state.name, part.owner) in places and part.stop > part.start:
                 skip = part.start * size % DISK_BLOCK
                 num_bytes = align_up(skip + (part.stop - part.start) * size, DISK_BLOCK)
                 parts.append(StagedPart(state.name, part, part.start * size - skip, num_bytes, place, skip))
@@ -140,9 +150,9 @@ def staged_parts(loaded: Sequence[State], layout: BlockLayout, placed: Placement
     return parts, place
 
 
-def load_buffer_bytes(loaded: Sequence[State], layouts: Sequence[BlockLayout], placed: Placement) -> int:
-    """Bytes of a buffer for any load that reads from disk."""
-    return max((staged_parts(loaded, layout, placed)[1] for layout in layouts), default=0)
+def load_buffer_bytes(loaded: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:
+    """Bytes of a buffer for any load that is staged."""
+    return max((staged_parts(loaded, layout, places)[1] for layout in layouts), default=0)
 
 
 def loaded_states(states: Sequence[State], compute_dtype: torch.dtype) -> list[State]:

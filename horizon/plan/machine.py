@@ -50,6 +50,11 @@ def resolve_dtype(dtype: ComputeDtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype is ComputeDtype.bfloat16 else torch.float32
 
 
+def pins(device: torch.device) -> bool:
+    """Whether what crosses the link to `device` should be registered with CUDA."""
+    return device.type == "cuda"
+
+
 _contexts: dict[int, int] = {}  # by device index: bytes of this process's CUDA context
 
 

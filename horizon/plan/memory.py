@@ -17,10 +17,12 @@ from horizon.layout import BlockLayout
 from horizon.plan.disk import (
     LOAD_BUFFERS,
     UPDATE_PAGES,
+    Place,
     Placement,
     load_buffer_bytes,
     loaded_states,
     map_disk,
+    on_tier,
     update_page_bytes,
 )
 from horizon.plan.prediction import StepPrediction
@@ -125,6 +127,11 @@ class MemoryNeeds:
         """What every block has, gradients apart."""
         return states_of(self.master, self.moments)
 
+    @property
+    def on_nvme(self) -> frozenset[Place]:
+        """States of blocks that are on nvme."""
+        return on_tier(self.placed, Tier.nvme)
+
     def tier(self, state: State, block: int) -> Tier:
         """Where a state of a block is."""
         return Tier.hbm if block in self.in_hbm else self.placed.get((state.name, block), Tier.dram)
@@ -183,15 +190,15 @@ def _state_lines(needs: MemoryNeeds, tier: Tier, name: str) -> list[Line]:
 
 def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
     """What the nvme tier holds, and the host memory it passes through."""
-    if Tier.nvme not in needs.placed.values():
+    states, layouts, places = needs.states, needs.layouts, needs.on_nvme
+    if not places:
         return []
-    states, layouts, placed = needs.states, needs.layouts, needs.placed
     lines = _state_lines(needs, Tier.nvme, "nvme")
-    padding = map_disk(states, layouts, placed).num_bytes - sum(line.num_bytes for line in lines)
+    padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
     loaded = loaded_states(states, needs.compute_dtype)
     return [
-        Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, placed)),
-        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, placed)),
+        Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, places)),
+        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
         *lines,
         Line("nvme", "padding", padding),
     ]

@@ -9,6 +9,7 @@ the device through `loads`, and everybody else through `read_state` and `write_s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence, Set
 
 import torch
@@ -17,14 +18,26 @@ from torch import Tensor
 from horizon.config.schema import Master, Moments, NvmeEngine, Tier
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
-from horizon.plan.disk import LOAD_BUFFERS, UPDATE_PAGES, Place, Placement, map_disk
+from horizon.plan.disk import (
+    LOAD_BUFFERS,
+    UPDATE_PAGES,
+    DiskMap,
+    Place,
+    Placement,
+    load_buffer_bytes,
+    map_disk,
+    on_tier,
+)
 from horizon.plan.states import MASTERS, MOMENTS, State, states_of
 from horizon.store.ledger import Ledger
 from horizon.store.loads import StagedLoads
-from horizon.store.nvme import NvmeTier, Observer, as_bytes, open_nvme
+from horizon.store.nvme import Move, NvmeTier, Observer, as_bytes, open_nvme
 from horizon.store.pages import UpdatePages
 from horizon.store.split import join_master, split_master
 from horizon.store.tiers import NOWHERE, TieredState
+from horizon.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
@@ -45,7 +58,7 @@ class HostStore:
         in_hbm: blocks whose states are on the device.
         ledger: how many optimizer steps the weights of each block have seen.
         pages: of states on nvme, for their update; None where none are.
-        loads: of states on nvme, for the device; None where none are.
+        loads: of what the device cannot copy by itself; None where there is nothing of the kind.
     """
 
     def __init__(
@@ -71,30 +84,60 @@ class HostStore:
         self.loads: StagedLoads | None = None
         weights, *rest = MASTERS[master]
         self._kinds = {state.name: state for state in states_of(master, moments)}
+        self._nvme_places = on_tier(self._placed, Tier.nvme)
+        loaded = [weights, *rest] if pin_residual else [weights]
         try:
-            if Tier.nvme in self._placed.values():
-                loaded = [weights, *rest] if pin_residual else [weights]
-                self._open_nvme(nvme_dir or "", nvme_engine, loaded, pin)
+            if self._nvme_places:
+                self._nvme = open_nvme(nvme_dir or "", nvme_engine, self._map())
+                self.pages = UpdatePages(
+                    self._nvme,
+                    [*self._kinds.values()],
+                    loaded,
+                    self.layouts,
+                    self._nvme_places,
+                    self.ledger,
+                    UPDATE_PAGES,
+                )
             # Only weights (and, computing in fp32, residuals) cross the link; the moments are the CPU's alone.
             self.weights = self._allocate(weights, pin)
             self.residual = self._allocate(rest[0], pin and pin_residual) if rest else []
             self.moments = {state.name: self._allocate(state, False) for state in MOMENTS[moments]}
+            self._stage_loads(loaded, pin)
         except BaseException:
             self.close()
             raise
         self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
 
-    def _open_nvme(self, folder: str, engine: NvmeEngine, loaded: Sequence[State], pin: bool) -> None:
-        states, layouts, placed = [*self._kinds.values()], self.layouts, self._placed
-        self._nvme = tier = open_nvme(folder, engine, map_disk(states, layouts, placed))
-        self.pages = UpdatePages(tier, states, loaded, layouts, placed, self.ledger, UPDATE_PAGES)
-        self.loads = StagedLoads(tier, loaded, layouts, placed, self.ledger, pin, LOAD_BUFFERS)
+    def _map(self) -> DiskMap:
+        return map_disk([*self._kinds.values()], self.layouts, self._nvme_places)
 
     def _allocate(self, state: State, pin: bool) -> list[Tensor]:
         numels = [state.numel(lay) for lay in self.layouts]
-        on_nvme = {block for block in range(len(numels)) if self._placed.get((state.name, block)) is Tier.nvme}
+        on_nvme = {block for block in range(len(numels)) if (state.name, block) in self._nvme_places}
         self._states[state.name] = TieredState(numels, state.dtype, state.name, pin, self._device, self.in_hbm, on_nvme)
         return self._states[state.name].blocks
+
+    def _stage_loads(self, loaded: Sequence[State], pin: bool) -> None:
+        """Have what the device cannot copy by itself brought to pinned buffers ahead of it."""
+        pageable = [state.name for state in loaded if pin and not self._states[state.name].pinned]
+        on_host = [lay.index for lay in self.layouts if lay.index not in self.in_hbm]
+        places = self._nvme_places | {(name, block) for name in pageable for block in on_host}
+        if any((state.name, block) in places for state in loaded for block in on_host):
+            self.loads = StagedLoads(self._read_moves, loaded, self.layouts, places, self.ledger, pin, LOAD_BUFFERS)
+        if pageable:
+            staged = LOAD_BUFFERS * load_buffer_bytes(loaded, self.layouts, places)
+            logger.warning("blocks pass through %s of pinned staging on their way to the device", format_bytes(staged))
+
+    def _read_moves(self, moves: Sequence[Move]) -> None:
+        """Fill memory from where the states are."""
+        on_disk = [move for move in moves if move.place in self._nvme_places]
+        for move in moves:
+            if move.place not in self._nvme_places:
+                name, block = move.place
+                source = as_bytes(self._states[name].blocks[block])
+                move.data.copy_(source[move.offset : move.offset + move.data.numel()])
+        if self._nvme is not None:
+            self._nvme.run(on_disk)
 
     def states(self, block: int) -> dict[str, Tensor]:
         """All flat tensors of a block, by name, where they are; those on nvme are empty here."""
@@ -104,7 +147,7 @@ class HostStore:
 
     def read_state(self, name: str, block: int) -> Tensor:
         """A copy in host memory of a state of a block, wherever it is; no update of it may be under way."""
-        if (name, block) not in self._placed:
+        if (name, block) not in self._nvme_places:
             return self._states[name].blocks[block].to("cpu", copy=True)
         copy = torch.empty(self._kinds[name].numel(self.layouts[block]), dtype=self._kinds[name].dtype)
         self._on_nvme().read_range((name, block), 0, as_bytes(copy))
@@ -113,6 +156,11 @@ class HostStore:
     def write_state(self, name: str, block: int, value: Tensor) -> None:
         """Set a state of a block, wherever it is; nobody may be reading or updating it."""
         self._write((name, block), 0, value.to(self._kinds[name].dtype))
+
+    @property
+    def on_nvme(self) -> frozenset[Place]:
+        """States of blocks that are on nvme."""
+        return self._nvme_places
 
     def _on_nvme(self) -> NvmeTier:
         """The tier, nothing on its way to it."""
@@ -123,7 +171,7 @@ class HostStore:
     def _write(self, place: Place, start: int, value: Tensor) -> None:
         """Set numbers of a state from number `start` on."""
         name, block = place
-        if place in self._placed:
+        if place in self._nvme_places:
             self._on_nvme().write_range(place, start * value.itemsize, as_bytes(value.cpu().contiguous()))
         else:
             self._states[name].blocks[block][start : start + value.numel()].copy_(value)
@@ -131,7 +179,7 @@ class HostStore:
     def _read(self, place: Place, start: int, stop: int) -> Tensor:
         """Numbers `start` to `stop` of a state, on the CPU."""
         name, block = place
-        if place not in self._placed:
+        if place not in self._nvme_places:
             return self._states[name].blocks[block][start:stop].cpu()
         numbers = torch.empty(stop - start, dtype=self._kinds[name].dtype)
         self._on_nvme().read_range(place, start * numbers.itemsize, as_bytes(numbers))

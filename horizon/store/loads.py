@@ -1,4 +1,6 @@
-"""Blocks whose weights are on nvme, on their way to the device: read ahead into pinned buffers by a thread.
+"""Blocks that the device cannot copy from where they are, on their way there: read ahead into pinned buffers.
+
+They are on nvme, or in host memory that CUDA refuses to register, from which no copy runs beside kernels.
 
 The walk over a step's blocks says what is needed when. A visit's bytes are read when the block's version is published,
 which is after they were written, and they are given to that visit of that walk alone. So no load can see another
@@ -9,18 +11,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from horizon.layout import BlockLayout
-from horizon.plan.disk import LoadPart, Placement, load_buffer_bytes, staged_parts
+from horizon.plan.disk import LoadPart, Place, load_buffer_bytes, staged_parts
 from horizon.plan.states import State
 from horizon.store.arena import Arena
 from horizon.store.ledger import Ledger
-from horizon.store.nvme import Move, NvmeTier
+from horizon.store.nvme import Move
 
 
 class Event(Protocol):
@@ -37,29 +39,31 @@ class _Buffer:
 
 
 class StagedLoads:
-    """Staging for loads of the blocks that have states on nvme.
+    """Staging for loads.
 
     All methods are called by the thread that drives the device.
 
     Args:
+        read: fills memory with bytes of states, and returns when that is done.
         states: those that go to the device.
+        places: which of them are staged.
         pin: register the buffers with CUDA.
         num_buffers: blocks in memory at a time.
 
     Attributes:
-        blocks: whose loads read from disk.
+        blocks: whose loads are staged.
     """
 
     def __init__(
-        self, tier: NvmeTier, states: Sequence[State], layouts: Sequence[BlockLayout], placed: Placement,
-        ledger: Ledger, pin: bool, num_buffers: int,
+        self, read: Callable[[Sequence[Move]], None], states: Sequence[State], layouts: Sequence[BlockLayout],
+        places: Collection[Place], ledger: Ledger, pin: bool, num_buffers: int,
     ) -> None:  # fmt: skip
-        self._tier, self._ledger = tier, ledger
+        self._read, self._ledger = read, ledger
         self._types = {state.name: state.dtype for state in states}
-        self._parts = {lay.index: staged_parts(states, lay, placed)[0] for lay in layouts}
+        self._parts = {lay.index: staged_parts(states, lay, places)[0] for lay in layouts}
         self.blocks = frozenset(block for block, parts in self._parts.items() if parts)
         self._sources = {b: {b, *(p.part.owner for p in parts)} for b, parts in self._parts.items()}
-        self._arena = Arena([load_buffer_bytes(states, layouts, placed)] * num_buffers, "nvme staging", pin)
+        self._arena = Arena([load_buffer_bytes(states, layouts, places)] * num_buffers, "nvme staging", pin)
         self._changed = threading.Condition()  # guards everything below
         self._free = [_Buffer(region) for region in self._arena.regions]
         self._visits: Sequence[int] = ()
@@ -97,7 +101,7 @@ class StagedLoads:
         self._ledger.raise_if_failed()
 
     def source(self, visit: int, state: str, part: LoadPart) -> Tensor | None:
-        """The numbers of a part of a ready visit's load; None if they are not on nvme."""
+        """The numbers of a part of a ready visit's load; None if they are not staged."""
         data = self._ready[visit].data
         for staged in self._parts[self._visits[visit]]:
             if staged.state == state and staged.part == part:
@@ -179,7 +183,7 @@ class StagedLoads:
             buffer.copied = None
         for source in self._sources[block]:
             self._ledger.wait(source, version)
-        self._tier.run(
+        self._read(
             [
                 Move((p.state, p.part.owner), p.offset, buffer.data[p.place : p.place + p.num_bytes], False)
                 for p in self._parts[block]

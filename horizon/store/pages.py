@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from horizon.layout import BlockLayout
-from horizon.plan.disk import Placement, num_pages, on_disk, page_range, page_spans, update_page_bytes
+from horizon.plan.disk import Place, by_block, num_pages, page_range, page_spans, update_page_bytes
 from horizon.plan.states import State
 from horizon.store.arena import Arena
 from horizon.store.ledger import Ledger
@@ -38,7 +38,7 @@ class UpdatePages:
     """Staging for updates of the blocks that have states on nvme.
 
     Args:
-        states: of which those in `placed` are paged.
+        states: of which those in `places` are paged.
         loaded: those that go to the device.
         num_buffers: pages in memory at a time.
 
@@ -48,15 +48,15 @@ class UpdatePages:
 
     def __init__(
         self, tier: NvmeTier, states: Sequence[State], loaded: Sequence[State], layouts: Sequence[BlockLayout],
-        placed: Placement, ledger: Ledger, num_buffers: int,
+        places: Collection[Place], ledger: Ledger, num_buffers: int,
     ) -> None:  # fmt: skip
         self._tier, self._layouts, self._ledger = tier, layouts, ledger
         self.states: dict[int, list[State]] = {}
-        for state, block in on_disk(states, layouts, placed):
+        for state, block in by_block(states, layouts, places):
             if layouts[block].num_trainable:
                 self.states.setdefault(block, []).append(state)
         self._read_by_loads = {block for block, paged in self.states.items() if not set(loaded).isdisjoint(paged)}
-        size = update_page_bytes(states, layouts, placed)
+        size = update_page_bytes(states, layouts, places)
         self._arena = Arena([size] * num_buffers, "nvme staging", pin=False)
         self._free = list(self._arena.regions)
         self._wanted: deque[Key] = deque()

@@ -60,6 +60,11 @@ class TieredState:
         """Host bytes held."""
         return sum(arena.num_bytes for arena in self._arenas)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether copies between what lies on the host and the device are asynchronous."""
+        return all(arena.pinned for arena in self._arenas)
+
     def keep_in_hbm(self, in_hbm: Set[int]) -> None:
         """Have exactly these blocks on the device: bits are copied, memory that they leave is given back."""
         for block in range(len(self.blocks)):

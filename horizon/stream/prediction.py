@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from horizon.config.schema import Recompute, Tier
+from horizon.config.schema import Recompute
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, StepTimes, predict_step
 from horizon.plan.memory import MemoryNeeds
@@ -54,7 +54,7 @@ class Predictor:
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if Tier.nvme in needs.placed.values():  # the lanes have no disk
+        if needs.on_nvme:  # the lanes have no disk
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None

@@ -221,13 +221,15 @@ class WeightSlots:
         return wait
 
     def _staged(self, block: int, wait: bool) -> bool:
-        """Whether what a load of the next visit needs from disk has been read."""
+        """Whether what a load of the next visit needs in pinned memory is there."""
         loads = self._store.loads
         if loads is None or block not in loads.blocks or loads.is_ready(self._ahead):
             return True
-        self._late[block] = Cause.disk
+        sources, on_nvme = _sources(self._store.layouts[block]), self._store.on_nvme
+        from_disk = any(("weights", b) in on_nvme or ("residual", b) in on_nvme for b in sources)
+        cause = self._late[block] = Cause.disk if from_disk else Cause.link  # else the host is copying it
         if wait:
-            with self._streams.waiting(Cause.disk, "weights", block):
+            with self._streams.waiting(cause, "weights", block):
                 loads.wait(self._ahead)
         return wait
 

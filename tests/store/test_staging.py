@@ -182,7 +182,7 @@ def write_version(tier, version):
 
 
 def make_loads(tier, ledger, num_buffers=2):
-    return StagedLoads(tier, MASTER[:1], LAYOUTS, ALL, ledger, False, num_buffers)
+    return StagedLoads(tier.run, MASTER[:1], LAYOUTS, ALL, ledger, False, num_buffers)
 
 
 def values(loads, visit, block):
