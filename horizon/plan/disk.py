@@ -33,6 +33,7 @@ class Region(NamedTuple):
 
     offset: int
     num_bytes: int  # the state's, padded to whole disk blocks
+    page_bytes: int  # of a full page of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def map_disk(states: Sequence[State], layouts: Sequence[BlockLayout], places: Co
     for state, block in by_block(states, layouts, places):
         size = align_up(state.num_bytes(layouts[block]), DISK_BLOCK)
         offset = align_up(end, LARGE_REGION if size >= LARGE_REGION else DISK_BLOCK)
-        regions[state.name, block] = Region(offset, size)
+        regions[state.name, block] = Region(offset, size, PAGE_ELEMENTS // state.group * state.dtype.itemsize)
         end = offset + size
     return DiskMap(regions, end)
 

@@ -6,6 +6,7 @@ to be written then is lost, and whoever waits for it is told.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,11 @@ from horizon.config.schema import NvmeEngine
 from horizon.errors import TierError
 from horizon.plan.disk import DISK_BLOCK, DiskMap, Place
 from horizon.store.arena import Arena
-from horizon.store.disk import PIECE, DirectFile, DiskEngine
+from horizon.store.disk import PIECE, DirectFile, DiskEngine, takes_direct
+from horizon.store.zarr import ZarrStates, has_tensorstore
 from horizon.units import align_up
+
+logger = logging.getLogger(__name__)
 
 THREADS = 4  # at 16 MiB a call, two to four fill a disk
 BOUNCE = 4 * PIECE  # bytes that go through at a time where whole disk blocks do not fit the caller's range
@@ -184,8 +188,14 @@ def _named(error: Exception, piece: Move, folder: Path) -> Exception:
 
 
 def open_nvme(folder: str, engine: NvmeEngine, disk_map: DiskMap) -> NvmeTier:
-    """The tier in a folder, with the engine that is asked for."""
+    """The tier in a folder, with the engine that is asked for.
+
+    Raises: as the engine does.
+    """
     path = Path(folder)
+    if engine is NvmeEngine.tensorstore or (engine is NvmeEngine.auto and has_tensorstore() and not takes_direct(path)):
+        logger.info("states on nvme are zarr3 arrays in %s, written by tensorstore", folder)
+        return NvmeTier(path, ZarrStates(path, disk_map))
     return NvmeTier(path, DirectFile(path, disk_map))
 
 

@@ -113,6 +113,13 @@ def test_beside_other_slots_and_frozen_parameters(slots, freeze, folder):
     assert_nothing_changes(lambda: deep(False), policy, folder, freeze=freeze)
 
 
+@pytest.mark.parametrize("policy", ["all", "some of each"])
+def test_the_portable_engine(policy, folder):
+    assert_nothing_changes(
+        lambda: paged(True), {**POLICIES[policy], "nvme_engine": "tensorstore"}, folder, moments="int8"
+    )
+
+
 # ---- slow disks and little staging
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horizon.config.schema import Moments, NvmeEngine, Tier
-from horizon.errors import BudgetError, TierError
+from horizon.errors import BudgetError, ConfigError, TierError
 from horizon.layout import ParamSpec, place_block
 from horizon.plan.disk import (
     DISK_BLOCK,
@@ -32,6 +32,7 @@ from horizon.plan.states import MASTER, MOMENTS
 from horizon.store.arena import Arena
 from horizon.store.disk import DirectFile, takes_direct
 from horizon.store.nvme import Move, NvmeTier, as_bytes, open_nvme
+from horizon.store.zarr import ZarrStates
 
 STATES = {moments: (*MASTER, *MOMENTS[moments]) for moments in Moments}
 
@@ -121,9 +122,12 @@ def test_a_load_stages_all_that_a_slot_needs_from_disk(case, fp32):
 # ---- moves
 
 
-ENGINES = [NvmeEngine.direct]
+ENGINES = pytest.mark.parametrize("engine", [NvmeEngine.direct, NvmeEngine.tensorstore])
 A, B = ("weights", 0), ("residual", 1)
-TWO = DiskMap({A: Region(0, 40 * DISK_BLOCK), B: Region(40 * DISK_BLOCK, 9 * DISK_BLOCK)}, 49 * DISK_BLOCK)
+TWO = DiskMap(
+    {A: Region(0, 40 * DISK_BLOCK, 8 * DISK_BLOCK), B: Region(40 * DISK_BLOCK, 9 * DISK_BLOCK, 16 * DISK_BLOCK)},
+    49 * DISK_BLOCK,
+)
 
 
 @pytest.fixture
@@ -140,10 +144,14 @@ def test_what_was_never_written_is_zero_and_the_file_has_no_name(tier, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 36_000), st.integers(1, 36_000)), min_size=1, max_size=8))
-def test_any_range_can_be_read_and_written(tmp_path_factory, ranges):
-    opened = open_nvme(str(tmp_path_factory.mktemp("nvme")), NvmeEngine.direct, TWO)
+@ENGINES
+@settings(max_examples=40, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.booleans(), st.integers(0, 36_000), st.integers(1, 36_000)), min_size=1, max_size=8)
+)
+def test_any_range_can_be_read_and_written(tmp_path_factory, engine, ranges):
+    folder = tmp_path_factory.mktemp("nvme")
+    opened = open_nvme(str(folder), engine, TWO)
     with mock.patch("horizon.store.nvme.BOUNCE", 4 * DISK_BLOCK):
         expected = {
             A: torch.zeros(40 * DISK_BLOCK, dtype=torch.uint8),
@@ -164,6 +172,7 @@ def test_any_range_can_be_read_and_written(tmp_path_factory, ranges):
             opened.read_range(place, 777, part)
             assert torch.equal(part, bytes_[777:1778])
     opened.close()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_move_outside_its_state_is_a_mistake(tmp_path):
@@ -266,3 +275,57 @@ def test_bytes_of_a_tensor_are_its_own():
     value = torch.zeros(3, dtype=torch.float32)
     as_bytes(value)[3] = 0x40
     assert value.tolist() == [2.0, 0.0, 0.0]
+
+
+# ---- the portable engine
+
+
+def test_a_chunk_that_was_written_and_is_gone_is_an_error_and_not_zeros(tmp_path):
+    opened = open_nvme(str(tmp_path), NvmeEngine.tensorstore, TWO)
+    data = torch.full((8 * DISK_BLOCK,), 7, dtype=torch.uint8)
+    opened.run([Move(A, 8 * DISK_BLOCK, data, True)])
+    (chunk,) = (path for path in tmp_path.rglob("c/*") if path.is_file())
+    chunk.unlink()
+    opened.run([Move(A, 0, data, False)])
+    assert not data.any()  # never written
+    with pytest.raises(TierError, match=r"reading weights of block 0 in memory.nvme_dir=.* failed"):
+        opened.run([Move(A, 8 * DISK_BLOCK, data, False)])
+    opened.close()
+
+
+def test_zeros_that_were_written_are_there(tmp_path):
+    opened = open_nvme(str(tmp_path), NvmeEngine.tensorstore, TWO)
+    data = torch.zeros(8 * DISK_BLOCK, dtype=torch.uint8)
+    opened.run([Move(A, 0, data, True)])
+    data.fill_(1)
+    opened.run([Move(A, 0, data, False)])
+    assert not data.any()
+    opened.close()
+
+
+def test_it_is_taken_where_direct_io_is_not_to_be_had(tmp_path, caplog):
+    with mock.patch("horizon.store.nvme.takes_direct", lambda folder: False), caplog.at_level("INFO"):
+        opened = open_nvme(str(tmp_path), NvmeEngine.auto, TWO)
+    assert isinstance(opened._engine, ZarrStates) and "zarr3 arrays" in caplog.text
+    opened.close()
+    with mock.patch("horizon.store.nvme.takes_direct", lambda folder: True):
+        opened = open_nvme(str(tmp_path), NvmeEngine.auto, TWO)
+    assert isinstance(opened._engine, DirectFile)
+    opened.close()
+
+
+def test_without_the_package_it_is_refused(tmp_path):
+    with (
+        mock.patch("horizon.store.zarr.has_tensorstore", lambda: False),
+        pytest.raises(ConfigError, match="nvme_engine=tensorstore needs the package of that name"),
+    ):
+        open_nvme(str(tmp_path), NvmeEngine.tensorstore, TWO)
+
+
+def test_a_disk_without_room_is_refused_by_it_too(tmp_path):
+    with (
+        mock.patch("shutil.disk_usage", lambda folder: mock.Mock(free=1000)),
+        pytest.raises(BudgetError, match=r"no room for 196 KiB of states \(1000 B are free\)"),
+    ):
+        open_nvme(str(tmp_path), NvmeEngine.tensorstore, TWO)
+    assert list(tmp_path.iterdir()) == []
