@@ -3,17 +3,16 @@
     python profiling/disk.py --dir /path/on/the/disk --gib 4 --out results.jsonl
 
 Raw: threads that read and write a preallocated file past the page cache, 16 MiB a call, with nothing around them. The
-engines move what updates move: pages of an fp32 state (32 MiB), as many at a time as an update stages, through the tier's
-own threads. `together` reads and writes at the same time, as steps do, and counts both. Rates are the best of some rounds
-in which raw and engines take turns, because disks that others use are not the same from one second to the next; the
-first writing of a file, which costs some file systems more, is left out.
+engines move what updates move: pages of an fp32 state (32 MiB), as many at a time as an update stages, through the
+tier's own threads. `together` reads and writes at the same time, as steps do, and counts both. Rates are the best of
+some rounds in which raw and engines take turns, because disks that others use are not the same from one second to the
+next; the first writing of a file, which costs some file systems more, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import queue
 import time
@@ -38,7 +37,7 @@ WRITES = {"read": (False,), "write": (True,), "together": (False, True)}
 
 
 class Raw:
-    """Calls to the system, on threads that each have a buffer."""
+    """Calls to the system, on threads that each have a buffer in huge pages."""
 
     name = "raw"
 
@@ -48,11 +47,11 @@ class Raw:
         path.unlink()
         os.posix_fallocate(self._fd, 0, num_bytes)
         self._num_bytes, self._pool = num_bytes, ThreadPoolExecutor(num_threads)
-        self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        for _ in range(num_threads):
-            buffer = mmap.mmap(-1, PIECE)
-            buffer.write(os.urandom(PIECE))
-            self._buffers.put(buffer)
+        self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._memory = Arena([PIECE] * num_threads, "raw", pin=False)
+        for region in self._memory.regions:
+            region.copy_(torch.randint(0, 256, (PIECE,), dtype=torch.uint8))
+            self._buffers.put(memoryview(region.numpy()))
 
     def _call(self, start: int, write: bool) -> None:
         buffer = self._buffers.get()
@@ -67,6 +66,7 @@ class Raw:
     def close(self) -> None:
         self._pool.shutdown()
         os.close(self._fd)
+        self._memory.close()
 
 
 class Engine:
