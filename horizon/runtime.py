@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +53,8 @@ from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.prediction import Predictor
+from horizon.stream.measure import measure_working_set
+from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
@@ -85,9 +87,11 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            activations = Activations(self.executor, self.streams, recompute, token_bytes)
+            working_set = partial(measure_working_set, self.executor)
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes)
             release.callback(activations.close)
-            self.planner = StepPlanner(self, placer, activations, Predictor(self.executor, rates, token_bytes))
+            predictor = Predictor(timed_on(self.executor), rates, token_bytes)
+            self.planner = StepPlanner(self, placer, activations, predictor)
             release.callback(delattr, self, "planner")  # it holds the executor, too
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
