@@ -139,11 +139,13 @@ class Runtime:
 
     def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
         """A whole step: forward, backward, and the update, which may run on behind."""
-        return self._steps.run(batches, lambda: self.planner.space(batches, self.buffers.kept), lr, seed, loss_fn)
+        space = partial(self.planner.space, batches, self.buffers, self.buffers.kept)
+        return self._steps.run(batches, space, lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        return self._steps.accumulate(batches, self.planner.space(batches, old_share == 0), seed, old_share, loss_fn)
+        space = self.planner.space(batches, self.buffers, old_share == 0)
+        return self._steps.accumulate(batches, space, seed, old_share, loss_fn)
 
     def apply(self, lr: float, loss: float) -> StepOutcome:
         """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
@@ -271,6 +273,14 @@ class Runtime:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
 
 
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise a ConfigError where the settings cannot work anywhere."""
+    if memory.weight_slots < 1:
+        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    if memory.update_threads is not None and memory.update_threads < 1:
+        raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")
+
+
 def build_runtime(
     skeleton: Any,
     weights: Any,
@@ -293,11 +303,8 @@ def build_runtime(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    check_memory(memory)
     num_threads = default_num_threads() if memory.update_threads is None else memory.update_threads
-    if num_threads < 1:
-        raise ConfigError(f"memory.update_threads must be >= 1, got {num_threads}")
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)

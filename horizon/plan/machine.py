@@ -119,6 +119,12 @@ def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
     return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN)
 
 
+def free_device_bytes(device: torch.device) -> int | None:
+    """Device memory that nobody uses, learnt without a CUDA context; None where NVML is not available."""
+    used = _used_bytes(device)
+    return None if used is None else torch.cuda.get_device_properties(device).total_memory - used
+
+
 def context_bytes(device: torch.device) -> int:
     """Device memory that this process holds outside of torch's allocator: the CUDA context; 0 on CPU."""
     return _contexts.get(device.index, 0) if device.type == "cuda" else 0

@@ -1,0 +1,121 @@
+"""A forecast with what surrounds it: other settings that would be faster or smaller, or, where it does not fit, the
+nearest that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy
+from horizon.errors import BudgetError
+from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, smaller_levers
+from horizon.forecast.imagined import Forecast, Forecaster
+from horizon.plan.memory import PROCESS_DRIFT, Limits, round_up
+from horizon.units import format_bytes, parse_bytes
+
+NEAREST = 3
+TRIED = 3000  # changes at most, before none is said to fit
+UNLIMITED = Limits(1 << 60, 1 << 60)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Other settings, and what comes of them; None where they do not fit."""
+
+    change: Change
+    forecast: Forecast | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The answer of `horizon plan`: either a forecast and its alternatives, or a refusal and what would fit."""
+
+    forecast: Forecast | None
+    refusal: BudgetError | None
+    alternatives: tuple[Alternative, ...]  # faster or smaller, or, where refused, the nearest that fit
+    least: tuple[int, int] | None = None  # where nothing near fits: (host, device) bytes of the smallest settings
+
+
+def look(forecaster: Forecaster, config: HorizonConfig) -> Outlook:
+    """Forecast a run and what surrounds it.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+    try:
+        forecast = forecaster.forecast(config)
+    except BudgetError as refusal:
+        nearest = nearest_that_fit(forecaster, config, refusal)
+        return Outlook(None, refusal, nearest, None if nearest else least_bytes(forecaster, config))
+    device = forecast.plan.limits.device if forecaster.target.on_gpu else None
+    changes = alternatives(config, forecast.micro_batch, device)
+    found = [Alternative(change, forecaster.fits(changed(config, change))) for change in changes]
+    return Outlook(forecast, None, tuple(found))
+
+
+def nearest_that_fit(
+    forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError
+) -> tuple[Alternative, ...]:
+    """The three changes of settings nearest to what was refused that fit, none of which contains another."""
+    found: list[Alternative] = []
+    levers = smaller_levers(config, forecaster.target.on_gpu, larger_budgets(forecaster, config, refusal))
+    for change in nearest_changes(levers)[:TRIED]:
+        if any(set(other.change) <= set(change) for other in found):
+            continue
+        if not forecaster.may_fit(changed(config, change)):
+            continue
+        forecast = forecaster.fits(changed(config, change))
+        if forecast is not None:
+            found.append(Alternative(change, forecast))
+        if len(found) == NEAREST:
+            break
+    return tuple(found)
+
+
+def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> dict[str, str]:
+    """By setting the budget that a refused plan asks for, where one was set and the machine has that much."""
+    key = f"{refusal.tier}_budget"
+    if refusal.tier not in ("host", "device") or getattr(config.memory, key) == "auto":
+        return {}
+    available = forecaster.target.limits(MemoryConfig())
+    most = available.host if refusal.tier == "host" else available.device
+    size = round_up(refusal.needed + (PROCESS_DRIFT if refusal.tier == "host" else 0))
+    return {f"memory.{key}": size} if parse_bytes(size, key) <= most else {}
+
+
+def least_bytes(forecaster: Forecaster, config: HorizonConfig) -> tuple[int, int]:
+    """(host, device) bytes of the run with the settings that take least."""
+    smallest = {
+        "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
+        "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
+    }  # fmt: skip
+    plan = forecaster.forecast(changed(config, smallest), UNLIMITED).plan
+    return plan.num_bytes("host"), plan.num_bytes("device")
+
+
+def advice(outlook: Outlook) -> str:
+    """The end of a refusal: what would fit."""
+    if outlook.alternatives:
+        fitting = "; ".join(describe(alternative.change) for alternative in outlook.alternatives)
+        return f"the nearest settings that fit: {fitting}"
+    if outlook.least is None:
+        return "nothing near fits"
+    host, device = (format_bytes(num_bytes) for num_bytes in outlook.least)
+    return f"no setting near these fits; with the smallest ones the model takes {host} of host memory and {device} of device memory"
+
+
+def worthwhile(outlook: Outlook, gain: float = 0.01) -> Iterable[Alternative]:
+    """The alternatives that are faster, or need less of host or device memory, by more than `gain` of what was asked."""
+    assert outlook.forecast is not None
+    base = outlook.forecast
+    for alternative in outlook.alternatives:
+        other = alternative.forecast
+        if other is None:
+            continue
+        speed = other.prediction.tokens_per_s / base.prediction.tokens_per_s
+        sizes: Sequence[float] = [
+            other.plan.num_bytes(tier) / max(base.plan.num_bytes(tier), 1) for tier in ("host", "device")
+        ]
+        if speed > 1 + gain or min(sizes) < 1 - gain:
+            yield alternative
