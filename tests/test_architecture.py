@@ -12,7 +12,7 @@ PACKAGE = ROOT / "horizon"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A package imports only from those on its left; what shares a place knows nothing of each other.
-BASE = ("errors", "units", "records", "layout")
+BASE = ("errors", "units", "records", "layout", "cgroups")
 FLOW = (
     ("config",),
     ("models",),
@@ -24,9 +24,12 @@ FLOW = (
     ("data", "report"),
     ("planner",),
     ("runtime",),
+    ("forecast",),
     ("check",),
     ("engine",),
     ("trainer",),
+    ("doctor",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
