@@ -66,7 +66,9 @@ def load_machine(name: str) -> MachineFile:
     if name in machine_names():
         path = conf_dir() / "machine" / f"{name}.yaml"
     elif not path.is_file():
-        raise ConfigError(f"machine={name}: no such file; expected a machine file, or one of {', '.join(machine_names())}")
+        raise ConfigError(
+            f"machine={name}: no such file; expected a machine file, or one of {', '.join(machine_names())}"
+        )
     try:
         machine = OmegaConf.to_object(OmegaConf.merge(MachineFile, OmegaConf.load(path)))
     except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:

@@ -106,21 +106,23 @@ def nearest_changes(levers: list[Lever]) -> list[Change]:
     return [change for _, change in sorted(found, key=lambda pair: pair[0])]
 
 
-def alternatives(config: HorizonConfig, micro_batch: int, device_bytes: int | None) -> list[Change]:
+def alternatives(config: HorizonConfig, micro_batch: int, budget: int | None, most: int) -> list[Change]:
     """Settings near those asked for that may be faster or smaller; one or two changed at a time.
 
     Args:
         micro_batch: rows that were chosen.
-        device_bytes: the device's budget; None: there is no GPU.
+        budget: bytes of the device's budget; None: there is no GPU.
+        most: bytes that the device has at most.
     """
     optim, train, memory = config.optim, config.train, config.memory
     found: list[dict[str, Any]] = [{"optim.moments": m} for m in Moments if m is not optim.moments]
     if optim.max_grad_norm is not None:
         found.append({"optim.max_grad_norm": None, **({} if optim.clip is Clip.exact else {"optim.clip": Clip.exact})})
         found += [{"optim.clip": clip} for clip in Clip if clip is not optim.clip]
-    if device_bytes is not None:
+    if budget is not None:
         found += [{"memory.policy": policy} for policy in Policy if policy is not memory.policy]
-        found += [{"memory.device_budget": format_size(size)} for size in (device_bytes // 2, 2 * device_bytes)]
+        sizes = [size for size in (budget // 2, 2 * budget) if size < most]
+        found += [{"memory.device_budget": format_size(size)} for size in sizes]
         if memory.device_budget != "auto":
             found.append({"memory.device_budget": "auto"})
     for rows in (micro_batch // 2, 2 * micro_batch):

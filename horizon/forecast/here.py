@@ -61,7 +61,9 @@ def this_machine() -> MachineFacts:
     kept = read_kept(path)
     if kept is not None:
         return kept
-    return read_facts(measure(QUICK_S, updates=False), "a quick measurement; horizon doctor --measure makes a better one")
+    return read_facts(
+        measure(QUICK_S, updates=False), "a quick measurement; horizon doctor --measure makes a better one"
+    )
 
 
 def read_kept(path: Path) -> MachineFacts | None:

@@ -34,16 +34,12 @@ class Target:
     facts: MachineFacts
     device: torch.device
     here: bool  # on this machine, whose memory is looked at; else all of it is free
+    host_overhead: int  # host bytes of a training process that go to no state
 
     @property
     def on_gpu(self) -> bool:
         """Blocks compute on a GPU."""
         return self.device.type == "cuda"
-
-    @property
-    def host_overhead(self) -> int:
-        """Host bytes of a training process that go to no state."""
-        return typical_process(self.on_gpu)
 
     @property
     def device_overhead(self) -> int:
@@ -89,17 +85,23 @@ class Target:
         return choose_kernels(kernels, self.device) is Kernels.liger
 
 
-def target_of(facts: MachineFacts, device: str, here: bool) -> Target:
+def target_of(facts: MachineFacts, device: str, here: bool, host_overhead: int | None = None) -> Target:
     """Where an engine with this `device` setting would run.
+
+    Args:
+        host_overhead: of the process that would train; None: of a typical one.
 
     Raises:
         ConfigError: the machine has no such device.
     """
-    if here:
-        return Target(facts, resolve_device(device), here)
+    place = resolve_device(device) if here else _elsewhere(facts, device)
+    return Target(facts, place, here, typical_process(place.type == "cuda") if host_overhead is None else host_overhead)
+
+
+def _elsewhere(facts: MachineFacts, device: str) -> torch.device:
     if device == "cpu" or (device == "auto" and facts.device is None):
-        return Target(facts, torch.device("cpu"), here)
+        return torch.device("cpu")
     if facts.device is None or device not in ("auto", "cuda", "cuda:0"):
         found = "no GPU" if facts.device is None else "one GPU"
         raise ConfigError(f"device={device!r}, but the machine {facts.name!r} has {found}; use device=auto")
-    return Target(facts, torch.device("cuda", 0), here)
+    return torch.device("cuda", 0)

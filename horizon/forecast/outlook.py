@@ -46,31 +46,38 @@ def look(forecaster: Forecaster, config: HorizonConfig) -> Outlook:
     try:
         forecast = forecaster.forecast(config)
     except BudgetError as refusal:
-        nearest = nearest_that_fit(forecaster, config, refusal)
-        return Outlook(None, refusal, nearest, None if nearest else least_bytes(forecaster, config))
-    device = forecast.plan.limits.device if forecaster.target.on_gpu else None
-    changes = alternatives(config, forecast.micro_batch, device)
+        return look_around(forecaster, config, refusal)
+    budget = forecast.plan.limits.device if forecaster.target.on_gpu else None
+    most = forecaster.target.limits(MemoryConfig()).device
+    changes = alternatives(config, forecast.micro_batch, budget, most)
     found = [Alternative(change, forecaster.fits(changed(config, change))) for change in changes]
     return Outlook(forecast, None, tuple(found))
 
 
-def nearest_that_fit(
-    forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError
-) -> tuple[Alternative, ...]:
-    """The three changes of settings nearest to what was refused that fit, none of which contains another."""
-    found: list[Alternative] = []
+def look_around(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> Outlook:
+    """What would fit instead of settings that were refused."""
+    nearest = nearest_that_fit(forecaster, config, refusal)
+    return Outlook(None, refusal, nearest, None if nearest else least_bytes(forecaster, config))
+
+
+def nearest_that_fit(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> tuple[Alternative, ...]:
+    """The three changes of settings nearest to what was refused that fit.
+
+    One that changes all that another changes, and more, comes only where there are too few others.
+    """
     levers = smaller_levers(config, forecaster.target.on_gpu, larger_budgets(forecaster, config, refusal))
+    found: list[Alternative] = []
+    further: list[Alternative] = []
     for change in nearest_changes(levers)[:TRIED]:
-        if any(set(other.change) <= set(change) for other in found):
-            continue
-        if not forecaster.may_fit(changed(config, change)):
+        more = any(set(other.change) <= set(change) for other in found)
+        if (more and len(further) == NEAREST) or not forecaster.may_fit(changed(config, change)):
             continue
         forecast = forecaster.fits(changed(config, change))
         if forecast is not None:
-            found.append(Alternative(change, forecast))
+            (further if more else found).append(Alternative(change, forecast))
         if len(found) == NEAREST:
             break
-    return tuple(found)
+    return (*found, *further)[:NEAREST]
 
 
 def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> dict[str, str]:
@@ -99,14 +106,13 @@ def advice(outlook: Outlook) -> str:
     if outlook.alternatives:
         fitting = "; ".join(describe(alternative.change) for alternative in outlook.alternatives)
         return f"the nearest settings that fit: {fitting}"
-    if outlook.least is None:
-        return "nothing near fits"
+    assert outlook.least is not None
     host, device = (format_bytes(num_bytes) for num_bytes in outlook.least)
-    return f"no setting near these fits; with the smallest ones the model takes {host} of host memory and {device} of device memory"
+    return f"no settings near these fit; with the smallest ones it takes {host} of host and {device} of device memory"
 
 
 def worthwhile(outlook: Outlook, gain: float = 0.01) -> Iterable[Alternative]:
-    """The alternatives that are faster, or need less of host or device memory, by more than `gain` of what was asked."""
+    """The alternatives that are faster, or need less of a tier, by more than `gain` of what was asked for."""
     assert outlook.forecast is not None
     base = outlook.forecast
     for alternative in outlook.alternatives:

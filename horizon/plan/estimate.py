@@ -104,9 +104,7 @@ class Estimator:
             overlaps=self.on_gpu,
         )
 
-    def step_times(
-        self, shape: tuple[int, int], version: int, kinds: Set[Recompute], alone: bool
-    ) -> StepTimes:
+    def step_times(self, shape: tuple[int, int], version: int, kinds: Set[Recompute], alone: bool) -> StepTimes:
         """As `horizon.stream.timing.PassTimer` gives them; `version` and `alone` change nothing."""
         rows, seq_len = shape
         tokens = rows * seq_len

@@ -57,7 +57,7 @@ class MachineFacts:
         """Parameters a second, by so many threads; None: all but one core."""
         default = max(self.cores - 1, 1)
         share = min(1.0, (threads or default) / default)
-        return self.updates_per_s[moments] * share**THREADS_GAIN
+        return self.updates_per_s[moments] * float(share**THREADS_GAIN)
 
 
 def read_facts(file: MachineFile, source: str) -> MachineFacts:

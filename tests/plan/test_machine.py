@@ -62,7 +62,7 @@ def test_a_budget_of_the_cgroup_is_its_room_whatever_the_system_says(monkeypatch
     monkeypatch.setattr(machine, "memory_groups", lambda: [MemoryGroup(100 * GIB, 30 * GIB), MemoryGroup(90 * GIB, 10)])
     assert memory_limits(MemoryConfig(host_budget="cgroup"), CPU).host == 72 * GIB
     monkeypatch.setattr(machine, "memory_groups", list)
-    with pytest.raises(ConfigError, match="memory.host_budget=cgroup, but no cgroup limits"):
+    with pytest.raises(ConfigError, match=r"memory\.host_budget=cgroup, but no cgroup limits"):
         memory_limits(MemoryConfig(host_budget="cgroup"), CPU)
 
 
