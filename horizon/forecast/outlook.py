@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy
+from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute
 from horizon.errors import BudgetError
 from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, smaller_levers
 from horizon.forecast.imagined import Forecast, Forecaster
@@ -16,7 +16,6 @@ from horizon.units import format_bytes, parse_bytes
 
 NEAREST = 3
 TRIED = 3000  # changes at most, before none is said to fit
-UNLIMITED = Limits(1 << 60, 1 << 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def look(forecaster: Forecaster, config: HorizonConfig) -> Outlook:
 def look_around(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> Outlook:
     """What would fit instead of settings that were refused."""
     nearest = nearest_that_fit(forecaster, config, refusal)
-    return Outlook(None, refusal, nearest, None if nearest else least_bytes(forecaster, config))
+    return Outlook(None, refusal, nearest, None if nearest else least_bytes(forecaster, changed(config, SMALLEST)))
 
 
 def nearest_that_fit(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> tuple[Alternative, ...]:
@@ -91,14 +90,25 @@ def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: Budge
     return {f"memory.{key}": size} if parse_bytes(size, key) <= most else {}
 
 
+SMALLEST: Change = {
+    "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
+    "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
+    "memory.recompute": Recompute.auto,
+}  # fmt: skip
+
+
 def least_bytes(forecaster: Forecaster, config: HorizonConfig) -> tuple[int, int]:
-    """(host, device) bytes of the run with the settings that take least."""
-    smallest = {
-        "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
-        "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
-    }  # fmt: skip
-    plan = forecaster.forecast(changed(config, smallest), UNLIMITED).plan
-    return plan.num_bytes("host"), plan.num_bytes("device")
+    """(host, device) bytes that these settings cannot do without: all boundaries on the host, nothing kept."""
+    limits = Limits(1, 1)
+    while True:
+        try:
+            forecaster.forecast(config, limits)
+            return limits.host, limits.device
+        except BudgetError as refusal:  # for one tier at a time
+            if refusal.tier == "host":
+                limits = Limits(refusal.needed, limits.device)
+            else:
+                limits = Limits(limits.host, refusal.needed)
 
 
 def advice(outlook: Outlook) -> str:
