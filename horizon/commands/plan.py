@@ -6,6 +6,7 @@ import json
 
 from horizon.errors import ConfigError
 
+DEFAULT_MODEL = "tiny_llama"  # of conf/config.yaml
 USAGE = """\
 usage: horizon plan [--json] [machine=FILE] [key=value ...]
 
@@ -36,9 +37,10 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             f"horizon plan has no flag {min(set(flags) - {'--json'})}; expected --json (horizon plan --help)"
         )
-    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("machine=")]
+    machines = _values(arguments, "machine")
     config = compose([a for a in arguments if a not in flags and not a.startswith("machine=")])
-    machine = load_machine(names[-1]) if names else None
+    machine = load_machine(machines[-1]) if machines else None
+    name = config.model.path or (_values(arguments, "model") or [DEFAULT_MODEL])[-1]
 
     from horizon.forecast.here import this_machine  # after misspelt settings had their chance: loads transformers
     from horizon.forecast.imagined import Forecaster, open_skeleton
@@ -49,12 +51,17 @@ def run(arguments: list[str]) -> int:
     from horizon.trainer import check_settings
 
     check_settings(config)
-    facts = this_machine() if machine is None else read_facts(machine, f"machine={names[-1]}")
+    facts = this_machine() if machine is None else read_facts(machine, f"machine={machines[-1]}")
     target = target_of(facts, config.device, here=machine is None)
     model = open_skeleton(config)
     outlook = look(Forecaster(model, target), config)
     if flags:
-        print(json.dumps(as_json(outlook, config, model, target), indent=2))
+        print(json.dumps(as_json(outlook, config, name, model, target), indent=2))
     else:
-        print(as_text(outlook, config, target))
+        print(as_text(outlook, name, target))
     return 0 if outlook.forecast is not None else 1
+
+
+def _values(arguments: list[str], key: str) -> list[str]:
+    """What the arguments set `key` to."""
+    return [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{key}=")]

@@ -1,6 +1,6 @@
 """Composes `conf/` (and the user's own folders) onto the typed schema with Hydra.
 
-Nothing but the command line imports this: the library takes the dataclasses of `horizon.config.schema` directly.
+The library takes the dataclasses of `horizon.config.schema` directly; machine files are read here, too.
 """
 
 from __future__ import annotations

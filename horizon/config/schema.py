@@ -122,7 +122,7 @@ class TrainConfig:
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
-    host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
+    host_budget: str = "auto"  # DRAM of the whole process; auto: what is available; cgroup: what the cgroup allows
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which blocks' states live in device memory, and are updated there

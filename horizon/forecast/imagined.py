@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from horizon.config.schema import Clip, HorizonConfig, ModelConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
@@ -76,11 +76,6 @@ def _vocabulary(config: HorizonConfig) -> int:
     """Entries of the tokenizer that a model gets which says nothing of its vocabulary."""
     tokenizer = given_tokenizer(config.data.tokenizer, None)
     return config.data.vocab_size if tokenizer is None else len(tokenizer)
-
-
-def name_of(model: ModelConfig) -> str:
-    """What people call the model."""
-    return model.path or str(model.config.get("model_type", ""))
 
 
 class _Imagined:

@@ -8,7 +8,7 @@ from typing import Any
 from horizon.config.schema import HorizonConfig, Recompute
 from horizon.errors import BudgetError
 from horizon.forecast.changes import describe, plain
-from horizon.forecast.imagined import Forecast, name_of
+from horizon.forecast.imagined import Forecast
 from horizon.forecast.machine import Target
 from horizon.forecast.outlook import Alternative, Outlook, advice, worthwhile
 from horizon.models.blocks import BlockModel
@@ -19,13 +19,13 @@ from horizon.units import format_bytes
 TIERS = "host", "device"
 
 
-def as_json(outlook: Outlook, config: HorizonConfig, model: BlockModel, target: Target) -> dict[str, Any]:
-    """The outlook as one JSON object; all sizes in bytes, all times in seconds."""
+def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: BlockModel, target: Target) -> dict[str, Any]:
+    """The outlook as one JSON object; all sizes in bytes, all times in seconds. `name`: what people call the model."""
     forecast = outlook.forecast
     return {
         "fits": forecast is not None,
         "model": {
-            "name": name_of(config.model),
+            "name": name,
             "architecture": type(model.skeleton).__name__,
             "blocks": model.num_blocks,
             "parameters": model.num_parameters,
@@ -115,10 +115,10 @@ def _alternative(other: Alternative) -> dict[str, Any]:
 # ---- in words
 
 
-def as_text(outlook: Outlook, config: HorizonConfig, target: Target) -> str:
+def as_text(outlook: Outlook, name: str, target: Target) -> str:
     """The outlook as a few lines and tables."""
     facts = target.facts
-    head = f"{name_of(config.model)} on {facts.name} ({facts.source})"
+    head = f"{name} on {facts.name} ({facts.source})"
     if outlook.forecast is None:
         lines = [head, f"does not fit: {outlook.refusal}"]
         if outlook.alternatives:
