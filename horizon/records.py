@@ -16,6 +16,7 @@ class StepResult:
     skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
     clip_scale: float = 1.0  # what the gradients were multiplied by; below 1: clipped
     corrected_blocks: int = 0  # clip=speculative: updated as if nothing were clipped, and then again
+    projected_gradients: tuple[float, ...] = ()  # zeroth order: (L+ - L-) / (2 eps) of each query; grad_norm is NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
