@@ -1,4 +1,4 @@
-"""From what a caller of the engine asks for to its running parts: settings checked, the model opened, all of it built."""
+"""From what a caller of the engine asks for to its running parts: settings checked, the model opened, parts built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class Parts:
     """What an engine is made of."""
 
     runtime: Runtime | ZerothOrderRuntime
@@ -34,11 +34,11 @@ class Built:
     on_nonfinite: OnNonFinite
 
 
-def build(
+def build_parts(
     model: Any, *, optimizer: AdamW | ZerothOrder | None, memory: MemoryConfig | None, max_grad_norm: float | None,
     device: str, compute_dtype: str, kernels: str, seed: int, freeze: Sequence[str], on_nonfinite: str, clip: str,
     revision: str | None, trust_remote_code: bool, self_check: bool,
-) -> Built:  # fmt: skip
+) -> Parts:  # fmt: skip
     """The parts that `Engine.from_pretrained` describes.
 
     Raises:
@@ -75,7 +75,7 @@ def build(
         )  # fmt: skip
     if clipping.mode is Clip.lagged:
         logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
-    return Built(runtime, optimizer.lr, clipping, on_bad)
+    return Parts(runtime, optimizer.lr, clipping, on_bad)
 
 
 def _no_clipping(max_grad_norm: float | None, clip: str) -> Clipping:

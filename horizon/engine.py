@@ -18,21 +18,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from horizon.building import build
+from horizon.building import Parts, build_parts
 from horizon.checkpoint.hf_export import Tokenizer, export_model
 from horizon.config.schema import Clip, MemoryConfig, OnNonFinite
 from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
 from horizon.optim.adamw import AdamW
-from horizon.optim.clipping import Clipping
 from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
 from horizon.report.recording import Recording
-from horizon.runtime import Runtime
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
-from horizon.zo.runtime import ZerothOrderOutcome, ZerothOrderRuntime, of_zeroth_order, require_gradients
+from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
 from horizon.zo.settings import ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -50,18 +48,9 @@ class Engine:
         plan: predicted bytes per tier.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime | ZerothOrderRuntime,
-        *,
-        lr: float,
-        clipping: Clipping,
-        seed: int,
-        on_nonfinite: OnNonFinite,
-    ):
-        self._runtime = runtime
-        self.lr = lr
-        self._clipping, self._seed, self._on_nonfinite = clipping, seed, on_nonfinite
+    def __init__(self, parts: Parts, seed: int):
+        self._runtime, self.lr = parts.runtime, parts.lr
+        self._clipping, self._seed, self._on_nonfinite = parts.clipping, seed, parts.on_nonfinite
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
         self._waiting = WaitingGradients()
         self._has_gradients = False
@@ -107,14 +96,12 @@ class Engine:
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        built = build(
-            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device,
-            compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite, clip=clip,
+        parts = build_parts(
+            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device, clip=clip,
+            compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite,
             revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
         )  # fmt: skip
-        return cls(
-            built.runtime, lr=built.lr, clipping=built.clipping, seed=seed, on_nonfinite=built.on_nonfinite
-        )  # fmt: skip
+        return cls(parts, seed)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
@@ -165,15 +152,15 @@ class Engine:
             HorizonError: the optimizer is of zeroth order and computes no gradients.
         """
         self._require_open()
-        require_gradients(self._runtime, "forward_backward")
+        runtime = require_gradients(self._runtime, "forward_backward")
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
         tokens = num_trained_tokens(batches)
         total = waiting.num_tokens + tokens
         old_share = waiting.num_tokens / total
 
         def accumulate(seed: int) -> Tensor:
-            self._runtime.keep_fp32_gradients()
-            return self._runtime.accumulate(batches, seed, old_share, loss_fn)
+            runtime.keep_fp32_gradients()
+            return runtime.accumulate(batches, seed, old_share, loss_fn)
 
         loss = float(self._run_pass(accumulate))
         mean = waiting.loss * old_share + loss * (1 - old_share)
@@ -190,12 +177,12 @@ class Engine:
         """
         started = time.perf_counter()
         self._require_open()
-        require_gradients(self._runtime, "optimizer_step")
+        runtime = require_gradients(self._runtime, "optimizer_step")
         self._check_lr()
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
         waiting, self._waiting = self._waiting, WaitingGradients()
-        step, outcome = self.num_steps + 1, self._runtime.apply(self.lr, waiting.loss)
+        step, outcome = self.num_steps + 1, runtime.apply(self.lr, waiting.loss)
         return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
@@ -230,12 +217,12 @@ class Engine:
             HorizonError: no backward yet, or gradients are not kept (`step` without clipping updates as they land).
         """
         self._require_open()
-        require_gradients(self._runtime, "named_gradients")
+        runtime = require_gradients(self._runtime, "named_gradients")
         if not self._has_gradients:
             raise HorizonError(
                 "no gradients are kept: run a backward first; without clipping use forward_backward instead of step"
             )
-        return self._runtime.read_gradients()
+        return runtime.read_gradients()
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> None:
         """Write a Hugging Face folder from the masters, tensor by tensor.
@@ -370,7 +357,12 @@ class Engine:
         return found
 
     def _result(
-        self, step: int, outcome: StepOutcome | ZerothOrderOutcome, batches: list[MicroBatch], num_tokens: int, started: float
+        self,
+        step: int,
+        outcome: StepOutcome | ZerothOrderOutcome,
+        batches: list[MicroBatch],
+        num_tokens: int,
+        started: float,
     ) -> StepResult:
         if outcome.applied is None:
             self._drop(step, outcome.loss, batches)

@@ -62,7 +62,7 @@ class Moments(StrEnum):
 
 
 class Master(StrEnum):
-    split = "split"  # fp32, as a bf16 weight and 16 more bits: 4 bytes a parameter
+    fp32 = "fp32"  # 4 bytes a parameter: a bf16 weight and 16 more bits
     bf16 = "bf16"  # 2 bytes; updates are rounded stochastically
     fp16 = "fp16"  # 2 bytes; updates are rounded stochastically
 
@@ -119,7 +119,7 @@ class ZeroConfig:
     queries: int = 1  # noise vectors a step; each costs two forward passes
     momentum: float = 0.0  # weight of the estimate of the step before, its square of the one before that, ...
     momentum_steps: int = 1  # over so many steps, this one included
-    master: Master = Master.split  # how the host keeps weights
+    master: Master = Master.fp32  # how the host keeps weights
     writeback_every: int = 1  # steps between two times that weights go back to the host
 
 

@@ -170,4 +170,3 @@ def run_piece(
     _run(
         w, plus, minus, row, noise_at, _U32(first_pair), trained, decays, _F32(eps), _U32(dropped), updates
     )  # fmt: skip
-

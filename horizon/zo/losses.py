@@ -46,7 +46,9 @@ class HeadLosses:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for _, states, targets in chunks(hidden, batch.targets, self._chunk):
             logits = self._model.logits(params, states)
-            total += self._cross_entropies(logits.view(-1, logits.shape[-1]), targets.reshape(-1)).sum(dtype=total.dtype)
+            total += self._cross_entropies(logits.view(-1, logits.shape[-1]), targets.reshape(-1)).sum(
+                dtype=total.dtype
+            )
         return total
 
 
@@ -57,9 +59,7 @@ def share_of(batch: MicroBatch, loss_fn: LossFn | None) -> int:
 
 def _cross_entropies(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     if device.type == "cpu":
-        return lambda logits, targets: F.cross_entropy(
-            logits.float(), targets, ignore_index=IGNORED, reduction="none"
-        )
+        return lambda logits, targets: F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
     from horizon.stream.cross_entropy import cross_entropies  # needs triton
 
     return lambda logits, targets: cross_entropies(logits, targets, IGNORED)
@@ -72,4 +72,3 @@ def _as_scalar(value: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(value), dtype=torch.float64, device=device)
     found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise BatchError(f"loss_fn must return one number, got {found}")
-

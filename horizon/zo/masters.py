@@ -22,7 +22,7 @@ from horizon.zo.settings import ZerothOrder
 
 def states_of(settings: ZerothOrder) -> tuple[State, ...]:
     """What a block's master is made of."""
-    if settings.master == Master.split:
+    if settings.master == Master.fp32:
         return MASTER
     return (State("weights", settings.master_dtype, frozen=True),)
 
@@ -50,7 +50,10 @@ class Masters:
         except BaseException:
             self.close()
             raise
-        kinds = [[region.view(s.dtype) for region in a.regions] for s, a in zip(states_of(settings), self._arenas, strict=True)]
+        kinds = [
+            [region.view(s.dtype) for region in a.regions]
+            for s, a in zip(states_of(settings), self._arenas, strict=True)
+        ]
         self.states: list[tuple[Tensor, ...]] = [*zip(*kinds, strict=True)]
         self._places = {p.name: (layout.index, p) for layout in self.layouts for p in layout.params}
 
@@ -86,7 +89,7 @@ class Masters:
             return
         rounded = value.to(self._dtype)
         if self._dtype is torch.float16 and bool(rounded.isinf().any()):
-            raise CheckpointError(f"{name} holds values that fp16 cannot hold; set zo.master=bf16 or split")
+            raise CheckpointError(f"{name} holds values that fp16 cannot hold; set zo.master=bf16 or fp32")
         targets[0].copy_(rounded)
 
     def read_master(self, name: str) -> Tensor:

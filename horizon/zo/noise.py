@@ -1,4 +1,4 @@
-"""The noise of zeroth-order steps: standard normals as a function of (seed, step, query, block, element), nothing stored.
+"""The noise of zeroth-order steps: normals as a function of (seed, step, query, block, element), nothing stored.
 
 A key of 64 bits stands for (seed, step, query, block). Under a key every pair of elements has two words of 32 bits,
 mixed from its number, and Box-Muller makes two normals of them. A block's elements come in groups of 2,048; element j
@@ -121,8 +121,8 @@ def fma(a: Any, b: Any, c: Any) -> Array:
     rest = total - product
     error = (product - (total - rest)) + (c - rest)
     inexact = (error != 0) & (total.view(np.int64) & 1 == 0)
-    odd = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
-    return odd.astype(_F32)
+    odd: Array = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return np.asarray(odd, _F32)
 
 
 def rounded(w: Array, word: Array, dtype: torch.dtype) -> Array:

@@ -53,7 +53,9 @@ def make_perturber(layouts: Sequence[BlockLayout], settings: ZerothOrder, device
     if device.type == "cpu":
         return HostPerturber(layouts, settings)
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError("optim=mezo on a GPU needs Triton, which comes with torch's builds for CUDA; or set device=cpu")
+        raise ConfigError(
+            "optim=mezo on a GPU needs Triton, which comes with torch's builds for CUDA; or set device=cpu"
+        )
     return DevicePerturber(layouts, settings, device)
 
 

@@ -1,4 +1,4 @@
-"""The memory of a zeroth-order run, by tier and purpose: arithmetic on layouts and settings, as `horizon.plan.memory`."""
+"""The memory of a zeroth-order run, by tier and purpose: arithmetic, as `horizon.plan.memory`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def with_activations(
     found = plan.with_activations(
         [
             Line("device", "hidden states", hidden),
-            Line("device", f"block at work ({max(tokens)} tokens)", working.at(max(tokens)) + max(tokens) * token_bytes),
+            Line(
+                "device", f"block at work ({max(tokens)} tokens)", working.at(max(tokens)) + max(tokens) * token_bytes
+            ),
         ]
     )
     check_fits(found, "a smaller train.micro_batch or train.batch_size, or fewer zo.queries")

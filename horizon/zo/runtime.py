@@ -120,7 +120,9 @@ class ZerothOrderRuntime:
 
     # ---- a step
 
-    def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> ZerothOrderOutcome:
+    def run_step(
+        self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None
+    ) -> ZerothOrderOutcome:
         """A whole step: two forward passes a query. Its update is applied when blocks come up next.
 
         Args:
@@ -178,9 +180,12 @@ class ZerothOrderRuntime:
     def explain_non_finite(self, loss: float, batches: Sequence[MicroBatch]) -> str:
         """Where a loss went wrong: at the weights themselves, or only beside them."""
         block = self.guarded(lambda: self.executor.first_non_finite(batches))
-        if block is not None:
-            return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
-        return f"the loss is {loss}, though every block's output at the unperturbed weights is finite; look at loss_fn and labels, or lower zo.eps={self.settings.eps}"
+        if block is None:
+            return (
+                f"the loss is {loss}, though every block's output at the unperturbed weights is finite; look at "
+                f"loss_fn and labels, or lower zo.eps={self.settings.eps}"
+            )
+        return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
 
     def wait_for_updates(self) -> None:
         """Return once the host's weights have seen every step."""
@@ -263,10 +268,11 @@ def of_zeroth_order(runtime: Any, what: str) -> ZerothOrderRuntime:
     return runtime
 
 
-def require_gradients(runtime: Any, what: str) -> None:
-    """Raise a HorizonError where `what` needs gradients and the runtime computes none."""
+def require_gradients(runtime: T | ZerothOrderRuntime, what: str) -> T:
+    """The runtime, or a HorizonError where it computes no gradients, which `what` needs."""
     if isinstance(runtime, ZerothOrderRuntime):
         raise HorizonError(f"{what}: zeroth-order steps compute no gradients; use step, or AdamW as the optimizer")
+    return runtime
 
 
 def build_zeroth_order(

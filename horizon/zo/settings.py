@@ -15,7 +15,7 @@ from horizon.zo.noise import DROPPED
 from horizon.zo.table import MAX_QUERIES
 
 SMALLEST_EPS = {
-    Master.split: torch.finfo(torch.float32).tiny,
+    Master.fp32: torch.finfo(torch.float32).tiny,
     Master.bf16: torch.finfo(torch.float32).tiny,
     Master.fp16: 2.0**-24,
 }
@@ -33,7 +33,7 @@ class ZerothOrder:
         weight_decay: w shrinks by lr * weight_decay a step; not applied to norms, biases and other vectors.
         momentum: an update is the sum of momentum^j times the estimate of j steps before,
         momentum_steps: over so many steps, this one included, whose noise is drawn again. 1: no momentum.
-        master: "split" (fp32, 4 bytes a parameter), "bf16" or "fp16" (2 bytes; updates are rounded stochastically).
+        master: "fp32" (4 bytes a parameter), "bf16" or "fp16" (2 bytes; updates are rounded stochastically).
         writeback_every: weights go back to the host every so many steps; the updates between are applied again at
             each upload. Changes no bit.
 
@@ -48,7 +48,7 @@ class ZerothOrder:
     weight_decay: float = 0.0
     momentum: float = 0.0
     momentum_steps: int = 1
-    master: str = Master.split
+    master: str = Master.fp32
     writeback_every: int = 1
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ZerothOrder:
     @property
     def dropped_bits(self) -> int:
         """Low bits of fp32 that updates round away."""
-        return 0 if self.master == Master.split else DROPPED[self.master_dtype]
+        return 0 if self.master == Master.fp32 else DROPPED[self.master_dtype]
 
     def compute_dtype(self, wanted: ComputeDtype, device: torch.device) -> torch.dtype:
         """What blocks compute in: on a GPU by default what the host's 16-bit weights are."""

@@ -89,9 +89,7 @@ class MasterSlots:
         make: gives the flat tensors of a slot of so many elements.
     """
 
-    def __init__(
-        self, streams: Streams, masters: Masters, num_slots: int, make: Callable[[int], tuple[Tensor, ...]]
-    ):
+    def __init__(self, streams: Streams, masters: Masters, num_slots: int, make: Callable[[int], tuple[Tensor, ...]]):
         layouts = masters.layouts
         self._streams, self._masters = streams, masters
         kept = kept_blocks(layouts)

@@ -89,5 +89,5 @@ def decay_masks(layout: BlockLayout) -> Array:
     for param in layout.trainable:
         decays[param.offset // PARAM_ALIGN : align_up(param.end, PARAM_ALIGN) // PARAM_ALIGN] = param.spec.decay
     chunks = BLOCK_ALIGN // PARAM_ALIGN
-    bits = decays.reshape(-1, chunks).astype(np.uint32) << np.arange(chunks, dtype=np.uint32)
-    return bits.sum(axis=1, dtype=np.uint32)
+    bits: Array = decays.reshape(-1, chunks).astype(np.uint32) << np.arange(chunks, dtype=np.uint32)
+    return np.asarray(bits.sum(axis=1), np.uint32)

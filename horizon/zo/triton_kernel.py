@@ -71,7 +71,7 @@ def _normals(pair, k0, k1):  # type: ignore[no-untyped-def]
     return radius * tl.where(swapped, across, along), radius * tl.where(swapped, along, across)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _load(high, low, at, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Master values in fp32."""
     if SPLIT:
@@ -80,7 +80,7 @@ def _load(high, low, at, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.load(high + at).to(tl.float32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _store(high, low, at, w, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
     if SPLIT:
         bits = w.to(tl.int32, bitcast=True)
@@ -90,7 +90,7 @@ def _store(high, low, at, w, SPLIT: tl.constexpr):  # type: ignore[no-untyped-de
         tl.store(high + at, w.to(high.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _round(w, word, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]
     """As `horizon.zo.noise.rounded`."""
     bits = (w.to(tl.uint32, bitcast=True) + (word & ((1 << DROPPED) - 1))) >> DROPPED
@@ -113,7 +113,7 @@ def _run(  # type: ignore[no-untyped-def]
     a, b = _load(high, low, at_a, SPLIT), _load(high, low, at_b, SPLIT)
     noisy = group < trained
     pair = (group.to(tl.uint32) * HALF_ + lane.to(tl.uint32)).to(tl.uint32)
-    if UPDATES:
+    if UPDATES:  # noqa: SIM102 (known when the kernel is compiled)
         if noisy:
             mask = tl.load(decays + group)
             chunk = lane // 64
