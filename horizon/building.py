@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from horizon.check import ensure_supported
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, OnNonFinite
+from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
 from horizon.models.skeleton import open_model
@@ -76,6 +77,36 @@ def build_parts(
     if clipping.mode is Clip.lagged:
         logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
     return Parts(runtime, optimizer.lr, clipping, on_bad)
+
+
+def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
+    """The optimizer that the settings describe, `optim.lr` filled in.
+
+    Raises:
+        ConfigError: no such optimizer, a value that cannot work, or a setting that only the other one has a use for.
+    """
+    optim, zo = config.optim, config.zo
+    assert optim.lr is not None
+    if optim.name == "adamw":
+        _require_defaults(zo, "zo", "adamw", [field.name for field in dataclasses.fields(zo)])
+        betas = (optim.beta1, optim.beta2)
+        return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments)
+    if optim.name == "mezo":
+        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "clip"])
+        return ZerothOrder(
+            lr=optim.lr, weight_decay=optim.weight_decay, seed=config.seed, eps=zo.eps, queries=zo.queries,
+            momentum=zo.momentum, momentum_steps=zo.momentum_steps, master=zo.master,
+            writeback_every=zo.writeback_every,
+        )  # fmt: skip
+    raise ConfigError(f"optim.name={optim.name!r} is unknown; expected adamw or mezo")
+
+
+def _require_defaults(settings: Any, group: str, optimizer: str, names: Sequence[str]) -> None:
+    defaults = type(settings)()
+    for name in names:
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(f"{group}.{name}={value} has no use with optim={optimizer}; leave it out")
 
 
 def _no_clipping(max_grad_norm: float | None, clip: str) -> Clipping:

@@ -5,9 +5,9 @@
 
 Weights are cheap random values, drawn once and repeated, so that a model of 30B begins in the time that touching its
 memory takes. Each row carries machine, commit, versions and command; `seconds` is the mean of the steps after the
-warm-up, as many as `--seconds` allows. The limits: `link_tokens_per_s` moves the streamed weights up alone, in pieces as
-large as a layer; `link_both_tokens_per_s` up and down at once; `matmul_tflops` is two products as large as a layer's at
-the row's tokens, repeated for half a second. With --trace FILE two more steps of each row are recorded.
+warm-up, as many as `--seconds` allows. The limits: `link_tokens_per_s` moves the streamed weights up alone, in pieces
+as large as a layer; `link_both_tokens_per_s` up and down at once; `matmul_tflops` is two products as large as a
+layer's at the row's tokens, repeated for half a second. With --trace FILE two more steps of each row are recorded.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ FLOW = (
     ("check",),
     ("building",),
     ("engine",),
-    ("trainer",),
+    ("trainer", "replaying"),
     ("cli",),
     ("__main__",),
 )

@@ -22,7 +22,7 @@ from horizon.models.structure import Call
 from horizon.stream.batch import MicroBatch
 from horizon.stream.head import LossFn
 from horizon.stream.streams import Streams
-from horizon.stream.timeline import Cause
+from horizon.stream.timeline import HBM_UPDATE, Cause
 from horizon.zo.copies import Copies, pieces_of
 from horizon.zo.estimator import History
 from horizon.zo.losses import HeadLosses, share_of
@@ -163,7 +163,7 @@ class ForwardExecutor:
         for layout in layouts:
             pieces = [(self._slots.acquire(block), start) for block, start in pieces_of(layout, layouts)]
             for query in range(num_queries):
-                self._streams.timeline.enter(Cause.optimizer, "perturbing", layout.index)
+                self._streams.timeline.enter(Cause.optimizer, HBM_UPDATE, layout.index)
                 for slot, start in pieces:
                     self._fill(slot, start, num_copies, query, version)
                 if query == num_queries - 1:
