@@ -57,13 +57,14 @@ def plan_memory(needs: ZerothOrderNeeds, limits: Limits) -> MemoryPlan:
     """
     layouts, states = needs.layouts, states_of(needs.settings)
     kept = [layouts[block] for block in sorted(kept_blocks(layouts))]
+    num_slots = min(needs.num_slots, len(layouts) - len(kept))
     master_bytes = sum(state.dtype.itemsize for state in states)
     slot = slot_elements(layouts, kept_blocks(layouts)) * master_bytes
     lines = [
         Line("host", f"weights ({needs.settings.master})", num_bytes(states[:1], layouts)),
         Line("host", "residual (low halves)", num_bytes(states[1:], layouts)),
         Line("host", "framework", needs.host_overhead),
-        Line("device", f"weight slots ({needs.num_slots})", needs.num_slots * slot),
+        Line("device", f"weight slots ({num_slots})", num_slots * slot),
         Line("device", "perturbed copies (+eps, -eps)", 2 * copy_elements(layouts) * needs.compute_dtype.itemsize),
         Line("device", "tied embedding", num_bytes(states, kept)),
         Line("device", "framework and buffers", needs.device_overhead),

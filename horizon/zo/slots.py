@@ -95,11 +95,11 @@ class MasterSlots:
         kept = kept_blocks(layouts)
         self._streamed = [layout.index for layout in layouts if layout.index not in kept]
         size = slot_elements(layouts, kept)
-        self._slots = [Slot(i, make(size)) for i in range(num_slots)]
+        # With no more slots than blocks no block is ever in two, and a slot is freed after its next block was written.
+        self._slots = [Slot(i, make(size)) for i in range(min(num_slots, len(self._streamed)))]
         self._kept = {b: Slot(num_slots + i, make(layouts[b].num_elements)) for i, b in enumerate(sorted(kept))}
         self._queue: deque[Slot] = deque()  # loaded, in the order of the walk
         self._ahead = 0  # which of the streamed blocks is loaded next
-        self._written: dict[int, Any] = {}  # by block, the event behind its last write-back
         self._writing: tuple[Slot, int] | None = None
 
     def version(self, block: int) -> int:
@@ -128,8 +128,7 @@ class MasterSlots:
         is_newer = slot.version > self._masters.versions[slot.block]
         if is_newer and (back is Back.ALL or (back is Back.STREAMED and not is_kept)):
             self._streams.drain.wait_event(done)
-            self._write(slot, slot.version)
-            done = self._written[slot.block]
+            done = self._write(slot, slot.version)
         if not is_kept:
             slot.free = done
             slot.to(SlotState.FREE)
@@ -144,8 +143,7 @@ class MasterSlots:
     def prefetch(self) -> None:
         """Issue loads while a slot is free; behind the last block of a walk come the first ones of the next."""
         for slot in self._slots:
-            taken = sum(other.state is not SlotState.FREE for other in self._slots)
-            if slot.state is SlotState.FREE and taken < len(self._streamed):  # no block is in two slots
+            if slot.state is SlotState.FREE:
                 self._load(slot, self._streamed[self._ahead])
                 self._queue.append(slot)
                 self._ahead = (self._ahead + 1) % len(self._streamed)
@@ -174,15 +172,13 @@ class MasterSlots:
         fetch = self._streams.fetch
         if slot.free is not None:  # a kernel, or its way back to the host, may still need the contents
             fetch.wait_event(slot.free)
-        if block in self._written:  # the host's bits are those that were written last
-            fetch.wait_event(self._written[block])
         slot.block, slot.version = block, self._masters.versions[block]
         with self._streams.moving(fetch, "weights", block):
             for target, source in zip(self.states(slot), self._masters.states[block], strict=True):
                 self._streams.copy(fetch, target, source)
         slot.loaded = fetch.record_event()
 
-    def _write(self, slot: Slot, version: int) -> None:
+    def _write(self, slot: Slot, version: int) -> Any:
         """Bits and version of a block change together: if anything interrupts, `reset` takes it up again."""
         self._writing = slot, version
         drain, block = self._streams.drain, slot.block
@@ -190,9 +186,9 @@ class MasterSlots:
         with self._streams.moving(drain, "weights", block):
             for target, source in zip(self._masters.states[block], self.states(slot), strict=True):
                 self._streams.copy(drain, target, source)
-        self._written[block] = drain.record_event()
         self._masters.versions[block] = version
         self._writing = None
+        return drain.record_event()
 
 
 def slot_elements(layouts: Sequence[BlockLayout], kept: Set[int]) -> int:
