@@ -47,7 +47,8 @@ def test_bad_settings_are_refused_by_name(change, message):
 
 
 @pytest.mark.parametrize(
-    ("master", "compute_dtype", "eps"), [("bf16", "bfloat16", 1e-6), ("fp32", "bfloat16", 1e-6), ("fp32", "float32", 1e-12)]
+    ("master", "compute_dtype", "eps"),
+    [("bf16", "bfloat16", 1e-6), ("fp32", "bfloat16", 1e-6), ("fp32", "float32", 1e-12)],
 )
 def test_an_eps_that_rounds_away_is_refused(master, compute_dtype, eps):
     with pytest.raises(ConfigError, match=r"zo\.eps=.* moves \d+% of the weights"):
@@ -144,7 +145,9 @@ def test_a_loss_that_is_not_finite_is_reported_with_the_step_and_moves_nothing(b
     with engine_for(build("llama"), settings()) as engine:
         engine.step(plain(0))
         before = masters(engine)
-        with pytest.raises(NonFiniteError, match=r"step 2: the loss is (nan|inf), though every block's output .* loss_fn"):
+        with pytest.raises(
+            NonFiniteError, match=r"step 2: the loss is (nan|inf), though every block's output .* loss_fn"
+        ):
             engine.step(plain(0), loss_fn=lambda logits, batch: bad)
         assert_same_tensors(masters(engine), before)
         assert engine.step(plain(0)).loss > 0

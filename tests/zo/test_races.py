@@ -26,7 +26,11 @@ def record_walks(*, tied=False, num_slots=3, every=1, num_steps=3, layers=3, que
     model = build("llama", num_hidden_layers=layers, tie_word_embeddings=tied)
     settings = horizon.ZerothOrder(lr=1e-2, queries=queries, writeback_every=every)
     blocks = BlockModel(skeleton_from_instance(model))
-    masters, streams, history = Masters(blocks.layouts, settings, pin=False), RecordedStreams(recorder), History(settings)
+    masters, streams, history = (
+        Masters(blocks.layouts, settings, pin=False),
+        RecordedStreams(recorder),
+        History(settings),
+    )
     for name, parameter in model.named_parameters():
         masters.write_master(name, parameter)
     for layout in blocks.layouts:
