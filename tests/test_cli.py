@@ -57,13 +57,15 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
     for arguments in (["--help"], []):
         shown = horizon(*arguments)
         assert shown.returncode == 0
-        assert "horizon train" in shown.stdout and "horizon check" in shown.stdout
+        assert all(f"horizon {command}" in shown.stdout for command in ("train", "check", "replay"))
 
 
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    assert done.stderr == "horizon: ConfigError: 'trian' is no command; expected train or check (horizon --help)\n"
+    assert (
+        done.stderr == "horizon: ConfigError: 'trian' is no command; expected train, check or replay (horizon --help)\n"
+    )
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -163,7 +165,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "check"]),
+        ("horizon ", ["train", "check", "replay"]),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
@@ -199,3 +201,18 @@ def test_check_without_arguments_says_how_it_is_used(horizon):
 def test_check_names_a_wrong_key(horizon):
     done = horizon("check", "modell=tiny_llama")
     assert (done.returncode, done.stderr) == (1, "horizon: ConfigError: modell is no setting; did you mean model?\n")
+
+
+def test_replay_explains_itself_and_refuses_what_it_does_not_know(horizon):
+    for arguments in ([], ["--help"]):
+        assert "usage: horizon replay base=FOLDER_OR_HUB_ID log=FILE out=FOLDER" in horizon("replay", *arguments).stdout
+    for arguments in (["base=a", "log=b"], ["base=a", "log=b", "out=c", "speed=9"], ["base=a", "log=b", "out"]):
+        done = horizon("replay", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"horizon: ConfigError: replay {' '.join(arguments)}: expected base=FOLDER log=")
+
+
+def test_replay_of_what_is_not_there_is_one_line(horizon):
+    done = horizon("replay", "base=nowhere", "log=none", "out=c")
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: CheckpointError: no such folder")

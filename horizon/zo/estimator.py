@@ -70,7 +70,7 @@ class History:
     def __init__(self, settings: ZerothOrder):
         self._settings = settings
         self._records: deque[StepRecord] = deque(maxlen=settings.momentum_steps)
-        self._updates: deque[Update] = deque()  # the last is that of step `version`
+        self._updates: list[Update] = []  # of consecutive steps, the last one's is that of step `version`
         self.version = 0
 
     def append(self, record: StepRecord) -> None:
@@ -83,12 +83,14 @@ class History:
 
     def since(self, version: int) -> list[Update]:
         """The updates of the steps after `version`."""
-        return [update for update in self._updates if update.step > version]
+        count = self.version - version
+        if count > len(self._updates):
+            raise RuntimeError(f"the updates since step {version} are forgotten; {len(self._updates)} are kept")
+        return self._updates[len(self._updates) - count :]
 
     def forget(self, version: int) -> None:
         """Every block has seen the steps up to `version`."""
-        while self._updates and self._updates[0].step <= version:
-            self._updates.popleft()
+        del self._updates[: max(0, len(self._updates) - (self.version - version))]
 
 
 def are_finite(losses: Sequence[float]) -> bool:
