@@ -26,18 +26,18 @@ from transformers import AutoTokenizer
 
 import horizon
 
-MODULES = "tkinter", "_pydecimal"
-ANSWERS = " tkinter", " decimal"
+MODULES = "tkinter", "pydoc_data.topics"
+ANSWERS = " tkinter", " topics"
 PROMPT = " # from"
 SHORTEST = 20  # characters of a line that says something
 TOKENS = 28  # of a row
 
 
 def lines_of(module: str) -> list[str]:
-    """The module's distinct lines, code and comments, in order."""
+    """The module's distinct lines, in order, without the quotes around them."""
     spec = importlib.util.find_spec(module)
     text = Path(spec.origin).read_text(encoding="utf-8")
-    lines = (line.strip() for line in text.splitlines())
+    lines = (line.strip().strip("'\"") for line in text.splitlines())
     return list(dict.fromkeys(line for line in lines if len(line) >= SHORTEST))
 
 

@@ -71,8 +71,13 @@ def test_a_table_holds_keys_and_numbers_where_the_kernels_look():
 
 
 def test_masks_say_which_chunks_of_64_elements_decay():
-    layout = place_block(0, "b", [ParamSpec("a", "a", (10, 10)), ParamSpec("n", "n", (64,), decay=False),
-                                  ParamSpec("c", "c", (50, 60)), ParamSpec("f", "f", (9,), trainable=False)])  # fmt: skip
+    specs = [
+        ParamSpec("a", "a", (10, 10)),
+        ParamSpec("n", "n", (64,), decay=False),
+        ParamSpec("c", "c", (50, 60)),
+        ParamSpec("f", "f", (9,), trainable=False),
+    ]
+    layout = place_block(0, "b", specs)
     masks = decay_masks(layout)
     bits = [bool(masks[chunk // 32] >> (chunk % 32) & 1) for chunk in range(layout.num_elements // 64)]
     assert len(masks) == layout.num_elements // GROUP == 3
