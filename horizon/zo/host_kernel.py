@@ -1,7 +1,8 @@
 """The noise of `horizon.zo.noise` and the update of `horizon.zo.perturb` as a numba kernel on fp32 values.
 
 One call runs on one thread and allocates nothing. See `horizon.optim.kernel` for how such a kernel has to look:
-32-bit integers stay 32 bits wide, and fused multiply-adds are spelled out and made nowhere else.
+32-bit integers stay 32 bits wide, and fused multiply-adds are spelled out and made nowhere else. numba keeps what it
+compiled for as long as this file is the same: after a change of the numbers in `horizon.zo.noise`, touch it.
 """
 # mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, type-var, var-annotated"
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numba import types
 
-from horizon.optim.kernel import _as_f32, _as_u32, _fma
+from horizon.optim.kernel import CACHE, _as_f32, _as_u32, _fma
 from horizon.zo import noise
 from horizon.zo.noise import GROUP, HALF, Array, Key
 from horizon.zo.table import FIRST_UPDATE, TERM, UPDATE
@@ -68,7 +69,9 @@ _FIXED_POINT = _F32(noise.FIXED_POINT)
 _FLOATS, _BITS = types.Array(types.float32, 1, "C"), types.Array(types.uint32, 1, "C")
 
 
-@numba.njit([types.void(_FLOATS, types.uint32, types.uint32, types.uint32)], nogil=True, error_model="numpy")
+@numba.njit(
+    [types.void(_FLOATS, types.uint32, types.uint32, types.uint32)], nogil=True, error_model="numpy", cache=CACHE
+)
 def _fill(out, first_pair, k0, k1):
     for g in range(out.size // GROUP):
         a, b = out[g * GROUP : g * GROUP + HALF], out[g * GROUP + HALF : (g + 1) * GROUP]
@@ -126,7 +129,7 @@ def _apply_updates(a, b, first, row, decays, dropped):
 @numba.njit(
     [types.void(_FLOATS, _FLOATS, _FLOATS, _BITS, types.int64, types.uint32, types.int64, _BITS, types.float32,
                 types.uint32, types.boolean)],
-    nogil=True, error_model="numpy",
+    nogil=True, error_model="numpy", cache=CACHE,
 )  # fmt: skip
 def _run(w, plus, minus, row, noise_at, first_pair, trained, decays, eps, dropped, updates):
     for g in range(w.size // GROUP):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import horizon
+from horizon.zo import perturb
 from horizon.zo import runtime as zo_runtime
+from horizon.zo.noise import GROUP
 from tests.parity.reference import BASE, assert_same_tensors, build, packed, padded, plain
 from tests.zo.reference import (
     PlainMezo,
@@ -99,6 +101,18 @@ def test_the_number_of_slots_changes_no_bit(slots):
     with engine_for(model, settings()) as engine:
         expected = [result.loss for result in run(engine)], masters(engine)
     with engine_for(model, settings(), memory=horizon.MemoryConfig(weight_slots=slots)) as engine:
+        assert [result.loss for result in run(engine)] == expected[0]
+        assert_same_tensors(masters(engine), expected[1])
+
+
+@pytest.mark.parametrize("master", ["fp32", "fp16"])
+def test_the_pieces_that_the_host_takes_change_no_bit(monkeypatch, master):
+    model = build("llama", tie_word_embeddings=True)
+    with engine_for(model, settings(master=master)) as engine:
+        assert max(layout.num_elements for layout in layouts_of(engine)) > 3 * GROUP
+        expected = [result.loss for result in run(engine)], masters(engine)
+    monkeypatch.setattr(perturb, "PIECE", GROUP)
+    with engine_for(model, settings(master=master)) as engine:
         assert [result.loss for result in run(engine)] == expected[0]
         assert_same_tensors(masters(engine), expected[1])
 
