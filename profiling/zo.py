@@ -24,11 +24,13 @@ from pathlib import Path
 import torch
 from step import SHAPES as DECODERS
 from step import facts, rows_of
+from torch.nn.attention import SDPBackend
 
 import horizon
 from horizon.building import Parts
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, OnNonFinite
 from horizon.engine import Engine
+from horizon.models import attention
 from horizon.models.skeleton import build_skeleton
 from horizon.optim.clipping import Clipping
 from horizon.report.split import describe_split
@@ -52,6 +54,11 @@ SHAPES = {
     "opt-13b": opt(5120, 40, 40),
     "opt-30b": opt(7168, 48, 56),
     **{name: shape for name, shape in DECODERS.items() if name != "tiny"},
+}
+ATTENTION = {
+    "default": attention.WHOLE_ROWS,
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+    "flash": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
 }
 PATTERN = 16 * MIB + 7  # random values, repeated so that no two rows are the same
 WARMUP = 3  # the first step has no update to apply, the second compiles the kernel that does
@@ -232,7 +239,7 @@ def timed_row(engine: Engine, shape: dict, args: argparse.Namespace, every: int,
     num_parameters = engine.plan.num_parameters
     return {
         "system": "horizon zo", "batch": batch, "seq_len": args.seq_len, "tokens": tokens, "master": args.master,
-        "writeback_every": every, "queries": args.queries, "micro_batch": micro_batch, "seconds": mean,
+        "writeback_every": every, "attention": args.attention, "queries": args.queries, "micro_batch": micro_batch, "seconds": mean,
         "median_seconds": median, "tokens_per_s": tokens / mean, "first_loss": losses[0],
         "num_parameters": num_parameters, "device_gib": engine.device_bytes / GIB,
         "planned_device_gib": engine.plan.num_bytes("device") / GIB, "host_rss_gib": engine.host_bytes / GIB,
@@ -273,9 +280,11 @@ def main() -> None:
     parser.add_argument("--device-budget", default="auto")
     parser.add_argument("--weight-slots", type=int, default=2)
     parser.add_argument("--kernels", choices=["auto", "liger", "torch"], default="auto")
+    parser.add_argument("--attention", choices=ATTENTION, default="default", help="kernel for whole rows")
     parser.add_argument("--out", type=Path, help="append result rows (JSON lines) here")
     parser.add_argument("--trace", type=Path, help="write the timeline of steady steps here (for Perfetto)")
     args = parser.parse_args()
+    attention.WHOLE_ROWS = ATTENTION[args.attention]
     shape, shared = SHAPES[args.shape], facts()
     for found in rows(shape, args):
         row = {"shape": args.shape, **found, **shared}
