@@ -239,8 +239,9 @@ def timed_row(engine: Engine, shape: dict, args: argparse.Namespace, every: int,
     num_parameters = engine.plan.num_parameters
     return {
         "system": "horizon zo", "batch": batch, "seq_len": args.seq_len, "tokens": tokens, "master": args.master,
-        "writeback_every": every, "attention": args.attention, "queries": args.queries, "micro_batch": micro_batch, "seconds": mean,
-        "median_seconds": median, "tokens_per_s": tokens / mean, "first_loss": losses[0],
+        "writeback_every": every, "attention": args.attention, "queries": args.queries,
+        "micro_batch": micro_batch, "seconds": mean, "median_seconds": median, "tokens_per_s": tokens / mean,
+        "first_loss": losses[0],
         "num_parameters": num_parameters, "device_gib": engine.device_bytes / GIB,
         "planned_device_gib": engine.plan.num_bytes("device") / GIB, "host_rss_gib": engine.host_bytes / GIB,
         "host_bytes_per_param": engine.host_bytes / num_parameters,
