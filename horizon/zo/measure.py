@@ -26,9 +26,14 @@ def measure_working_set(executor: ForwardExecutor, seq_len: int, rows: int) -> W
     rows = min(rows, max(1, TOKENS // seq_len))
     _peak(executor, 1, seq_len)  # kernels compile, libraries take their workspaces
     one = _peak(executor, 1, seq_len)
-    if rows == 1:
+    try:
+        many = _peak(executor, rows, seq_len) if rows > 1 else None
+    except torch.cuda.OutOfMemoryError:  # the budget has no room for that many
+        executor.reset()
+        torch.cuda.empty_cache()
+        many = None
+    if many is None:
         return WorkingSet(0, -(-one // seq_len), one)
-    many = _peak(executor, rows, seq_len)
     per_token = max(0, many - one) // ((rows - 1) * seq_len)
     return WorkingSet(max(0, one - per_token * seq_len), per_token, one)
 
