@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from horizon.models.blocks import BlockModel
+from horizon.models.tiles import find_mlp
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
@@ -32,6 +33,7 @@ class LayerWork:
     plain: int  # elements more with torch's own
     norms: int  # elements that go through norms
     widest: int  # elements of the widest activation
+    tiled: int  # elements of `graph` inside an MLP that takes long micro-batches in tiles
     materialises: bool  # attention forms the scores of all pairs of tokens
 
 
@@ -96,8 +98,16 @@ def _layer_work(layer: nn.Module, config: Any, number: int) -> LayerWork:
         plain=gated + hidden * sum(not isinstance(norm, nn.LayerNorm) for norm in norms),
         norms=hidden * sum(not isinstance(norm, nn.LayerNorm) for norm in norms),
         widest=max([hidden, *(m.width_out for m in matrices), *(expert.inner for expert in experts)]),
+        tiled=_tiled(layer, matrices, into_residual),
         materialises=config._attn_implementation == "eager",
     )
+
+
+def _tiled(layer: nn.Module, matrices: list[_Matrix], into_residual: list[_Matrix]) -> int:
+    mlp = find_mlp(layer)
+    paths = {f"{path}." for path, module in layer.named_children() if module is mlp}
+    inside = [m for m in matrices if m.path.startswith(tuple(paths))]
+    return sum(m.width_in if m in into_residual else m.width_out for m in inside)
 
 
 def _is_wide_norm(module: nn.Module, hidden: int) -> bool:

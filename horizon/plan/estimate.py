@@ -15,6 +15,7 @@ import torch
 from horizon.config.schema import Moments, Recompute
 from horizon.layout import first_trained
 from horizon.models.blocks import BlockModel
+from horizon.models.tiles import TILE
 from horizon.models.work import LayerWork, ModelWork, model_work
 from horizon.plan.activations import WorkingSet
 from horizon.plan.cost import LayerKind, PassTimes, Rates, StepTimes
@@ -28,7 +29,7 @@ LOGITS = {True: 2, False: 6}  # copies in bf16 of a chunk's logits that the head
 SCORES = 8  # bytes a score and head, where attention forms them: in fp32, and rounded
 
 # ---- times
-ATTENTION = 0.6  # of the rate of products, that attention kernels reach
+ATTENTION = 0.8  # of the rate of products, that attention kernels reach
 BACKWARD = 2.5  # of the forward's attention: scores again, and their gradients
 SWEEPS = {True: 1.5, False: 4.0}  # over what a graph holds, by a forward's norms, activations and sums; fused or not
 LOGIT_SWEEPS = 6  # over a chunk's logits
@@ -74,12 +75,18 @@ class Estimator:
         kept = graph if Recompute.none in asked else 0
         if not self.on_gpu:
             return WorkingSet(0, 0, 0, selective, kept)
-        widest = max(layer.widest for layer in self.work.layers) * self.dtype.itemsize
+        at_work = max(self._at_work(layer, seq_len) for layer in self.work.layers)
         logits = min(self.chunk, rows * seq_len) * self.work.vocab_size * 2 * LOGITS[self.fused]
-        return WorkingSet(WORKSPACE, graph + GRADIENTS_AT_WORK * widest, WORKSPACE + logits, selective, kept)
+        return WorkingSet(WORKSPACE, at_work, WORKSPACE + logits, selective, kept)
 
     def _outputs(self, layer: LayerWork) -> int:
         return layer.outputs * self.dtype.itemsize
+
+    def _at_work(self, layer: LayerWork, seq_len: int) -> int:
+        """Bytes a token while a layer's backward runs. Rows longer than a tile have one tile of an MLP at a time."""
+        share = min(1.0, TILE / seq_len) if layer.tiled else 1.0
+        inside = layer.tiled + GRADIENTS_AT_WORK * layer.widest
+        return self._graph(layer, seq_len) + int((share * inside - layer.tiled) * self.dtype.itemsize)
 
     def _graph(self, layer: LayerWork, seq_len: int) -> int:
         """Bytes a token that the layer's graph holds."""
