@@ -44,7 +44,7 @@ class Recompute(StrEnum):
 
 
 class Policy(StrEnum):
-    auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; nvme for what dram does not hold
+    auto = "auto"  # on a GPU what makes the step fastest, as far as it is announced; nvme for what dram does not hold
     dram = "dram"  # the states of all blocks in host memory
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
     nvme_optimizer = "nvme_optimizer"  # moments and residual on nvme, weights in dram
@@ -69,7 +69,7 @@ class Clip(StrEnum):
     lagged = "lagged"  # updates inside the backward, scaled by the norm of the step before: not exact
 
 
-class Master(StrEnum):
+class MasterFormat(StrEnum):
     split = "split"  # type: ignore[assignment]  # fp32 in two halves of 2 bytes; the upper one is what streams to the device
     bf16_stochastic = "bf16_stochastic"  # 2 bytes: the fp32 update is rounded stochastically to bf16
 
@@ -78,6 +78,12 @@ class Moments(StrEnum):
     float32 = "float32"  # 8 bytes a parameter
     bfloat16 = "bfloat16"  # 4, rounded stochastically
     int8 = "int8"  # 2.1: codes of 8 bits, scales for each 64; rounded stochastically
+
+
+class Master(StrEnum):
+    fp32 = "fp32"  # 4 bytes a parameter: a bf16 weight and 16 more bits
+    bf16 = "bf16"  # 2 bytes; updates are rounded stochastically
+    fp16 = "fp16"  # 2 bytes; updates are rounded stochastically
 
 
 class OnNonFinite(StrEnum):
@@ -116,13 +122,25 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
-    master: Master = Master.split  # how the values of the parameters are kept between steps
+    master: MasterFormat = MasterFormat.split  # how the values of the parameters are kept between steps
     moments: Moments = Moments.float32  # how the two moments of each parameter are kept
     max_grad_norm: float | None = 1.0  # null: no clipping
     clip: Clip = Clip.exact  # when the update begins: exact | speculative | lagged
     schedule: LrSchedule = LrSchedule.cosine
     warmup_steps: int = 20
     min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig:
+    """Of optim=mezo."""
+
+    eps: float = 1e-3  # how far weights are perturbed, absolutely
+    queries: int = 1  # noise vectors a step; each costs two forward passes
+    momentum: float = 0.0  # weight of the estimate of the step before, its square of the one before that, ...
+    momentum_steps: int = 1  # over so many steps, this one included
+    master: Master = Master.fp32  # how the host keeps weights
+    writeback_every: int = 1  # steps between two times that weights go back to the host
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,13 +169,11 @@ class TierRule:
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
-    host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
+    host_budget: str = "auto"  # DRAM of the whole process; auto: what is available; cgroup: what the cgroup allows
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
-    rules: list[TierRule] = field(
-        default_factory=list
-    )  # (state, blocks, tier): the first that fits comes before policy
+    rules: list[TierRule] = field(default_factory=list)  # the first that fits comes before the policy
     nvme_dir: str | None = None  # folder on a local disk for states on nvme; auto uses it only where dram is too small
     nvme_budget: str = "auto"  # bytes of the file there; auto: what the file system has free, less 1 GiB
     nvme_engine: NvmeEngine = NvmeEngine.auto  # what moves states between disk and memory
@@ -173,6 +189,7 @@ class HorizonConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    zo: ZeroConfig = field(default_factory=ZeroConfig)
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto

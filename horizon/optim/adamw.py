@@ -61,7 +61,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.config.values import choice
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.store.split import join_master, split_master
@@ -90,7 +90,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
     moments: str = Moments.float32  # one of `horizon.config.schema.Moments`
-    master: str = Master.split  # one of `horizon.config.schema.Master`
+    master: str = MasterFormat.split  # one of `horizon.config.schema.MasterFormat`
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < math.inf:
@@ -107,7 +107,7 @@ class AdamW:
                 f"AdamW weight_decay must be finite and >= 0, got {self.weight_decay}; set optim.weight_decay"
             )
         choice(Moments, self.moments, "optim.moments")
-        choice(Master, self.master, "optim.master")
+        choice(MasterFormat, self.master, "optim.master")
 
 
 class StepScalars(NamedTuple):

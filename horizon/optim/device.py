@@ -17,7 +17,7 @@ from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, step_scalars
 from horizon.optim.chunks import cut_chunks
 from horizon.optim.states import UpdateStates
-from horizon.optim.updater import Updater, load_update
+from horizon.optim.updater import Updater, chunk_elements, load_update
 from horizon.store.ledger import Ledger
 from horizon.store.pages import UpdatePages
 from horizon.stream.streams import Streams
@@ -210,8 +210,9 @@ def make_updater(
 
     # Blocks with nothing to train are known to both: whoever has a step's first block publishes them.
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
+    size = chunk_elements(layouts, num_threads)
     host = Updater(
-        on_host, arrays, ledger, adamw, num_threads, release, seed=seed, timeline=streams.timeline, pages=pages
+        on_host, arrays, ledger, adamw, num_threads, release, size, seed=seed, timeline=streams.timeline, pages=pages
     )  # fmt: skip
     if not in_hbm:
         return host

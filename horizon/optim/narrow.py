@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.optim.adamw import StepScalars, Update
 from horizon.optim.kernel import _as_f32, _as_u32, _fma, _grad_f32
 from horizon.optim.moments import M_SHIFT, M_TOP, MASTER_NOISE, MIX_1, MIX_2, STRIDE, TINY, V_SHIFT, V_TOP
@@ -211,16 +211,16 @@ KINDS: dict[Moments, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     Moments.int8: ((types.uint8, types.uint8), (types.float32, types.float32)),
 }
 BODIES = {
-    (Moments.bfloat16, Master.split): _bfloat16,
-    (Moments.int8, Master.split): _int8,
-    (Moments.float32, Master.bf16_stochastic): _float32_bf16,
-    (Moments.bfloat16, Master.bf16_stochastic): _bfloat16_bf16,
-    (Moments.int8, Master.bf16_stochastic): _int8_bf16,
+    (Moments.bfloat16, MasterFormat.split): _bfloat16,
+    (Moments.int8, MasterFormat.split): _int8,
+    (Moments.float32, MasterFormat.bf16_stochastic): _float32_bf16,
+    (Moments.bfloat16, MasterFormat.bf16_stochastic): _bfloat16_bf16,
+    (Moments.int8, MasterFormat.bf16_stochastic): _int8_bf16,
 }
 
 
 def compile_kernel(
-    moments: Moments, cache: bool, grads: Sequence[Any] = GRADS, master: Master = Master.split
+    moments: Moments, cache: bool, grads: Sequence[Any] = GRADS, master: MasterFormat = MasterFormat.split
 ) -> Callable[..., None]:
     """The kernel of these formats for these kinds of gradient, compiled now or taken from numba's cache."""
     function, (kept, scales) = BODIES[moments, master], KINDS[moments]
@@ -236,7 +236,7 @@ def compile_kernel(
 
 
 @functools.cache
-def narrow_update(moments: Moments, master: Master = Master.split) -> Update:
+def narrow_update(moments: Moments, master: MasterFormat = MasterFormat.split) -> Update:
     """The update of these formats, not all in fp32, as `horizon.optim.moments` has it; lengths are not checked."""
     try:
         kernel = compile_kernel(moments, cache=True, master=master)
@@ -245,7 +245,7 @@ def narrow_update(moments: Moments, master: Master = Master.split) -> Update:
 
     def update(*arguments: Any) -> None:
         *arrays, scalars, first = arguments
-        kernel(*arrays[: 1 if master is Master.bf16_stochastic else 0], *arrays, *scalars, first)
+        kernel(*arrays[: 1 if master is MasterFormat.bf16_stochastic else 0], *arrays, *scalars, first)
 
     return _by_groups(update, update_order(moments, master)) if moments is Moments.int8 else update
 

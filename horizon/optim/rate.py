@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW
 from horizon.optim.states import UpdateStates
@@ -44,7 +44,11 @@ def measure_update_rate(num_parameters: int, num_threads: int, grad_dtype: torch
     """Parameters per second, with nothing else using the host's memory."""
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
     store = HostStore(
-        [layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments), master=Master(optimizer.master)
+        [layout],
+        pin=False,
+        pin_residual=False,
+        moments=Moments(optimizer.moments),
+        master=MasterFormat(optimizer.master),
     )
     buffers = KeptGradients([layout], grad_dtype, pin=False)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.optim.adamw import Array, UpdateArrays
 from horizon.plan.states import MASTERS, MOMENTS, State
 
 GRADS = State("grads", torch.bfloat16)  # or float32
 
 
-def update_order(moments: Moments, master: Master = Master.split) -> tuple[State, ...]:
+def update_order(moments: Moments, master: MasterFormat = MasterFormat.split) -> tuple[State, ...]:
     """What an update with states of these formats takes: master, moments, gradient, scales."""
     first, second, *scales = MOMENTS[moments]
     return (*MASTERS[master], first, second, GRADS, *scales)

@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.errors import HorizonError, TierError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
@@ -36,7 +36,11 @@ from horizon.store.ledger import Ledger
 from horizon.store.pages import UpdatePages
 from horizon.stream.timeline import Timeline
 
-CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
+# Milliseconds of work a chunk: long against the Python around it, during which a thread keeps all others, and the one
+# that drives the device, from the interpreter.
+CHUNK_ELEMENTS = 1 << 21
+MOST_ELEMENTS = 1 << 23
+CHUNKS_A_THREAD = 32  # in a step, at least: so that all end at about the same time
 
 log = logging.getLogger(__name__)
 
@@ -122,10 +126,10 @@ class Updater:
         self._adamw = adamw
         self._seed = seed
         self._num_threads = num_threads
-        moments, master = Moments(adamw.moments), Master(adamw.master)
+        moments, master = Moments(adamw.moments), MasterFormat(adamw.master)
         self._update = load_update(moments, master)
         self._order = update_order(moments, master)
-        self._rounds = moments is not Moments.float32 or master is not Master.split
+        self._rounds = moments is not Moments.float32 or master is not MasterFormat.split
         self._timeline = timeline or Timeline()
         self._pages = pages
         self._threads: list[threading.Thread] = []
@@ -365,7 +369,13 @@ class Updater:
             self._wake.notify_all()
 
 
-def load_update(moments: Moments = Moments.float32, master: Master = Master.split) -> Update:
+def chunk_elements(layouts: Sequence[BlockLayout], num_threads: int) -> int:
+    """Elements of a chunk: the more, the larger the model."""
+    share = sum(layout.num_trainable for layout in layouts) // (CHUNKS_A_THREAD * num_threads)
+    return min(max(share // PARAM_ALIGN * PARAM_ALIGN, CHUNK_ELEMENTS), MOST_ELEMENTS)
+
+
+def load_update(moments: Moments = Moments.float32, master: MasterFormat = MasterFormat.split) -> Update:
     """The numba kernel, or plain torch with one warning in the log where numba cannot be imported."""
     try:
         from horizon.optim.kernel import update_numba
@@ -373,14 +383,14 @@ def load_update(moments: Moments = Moments.float32, master: Master = Master.spli
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
         log.warning("numba is not available (%s): AdamW runs as plain torch operations, about ten times slower", error)
         return torch_update(moments, master)
-    split = moments is Moments.float32 and master is Master.split
+    split = moments is Moments.float32 and master is MasterFormat.split
     return update_numba if split else narrow_update(moments, master)
 
 
-def torch_update(moments: Moments, master: Master = Master.split) -> Update:
+def torch_update(moments: Moments, master: MasterFormat = MasterFormat.split) -> Update:
     """The update as plain torch operations."""
     update = TORCH_UPDATES[moments]
-    return update if master is Master.split else stochastic_master(update, moments is not Moments.float32)
+    return update if master is MasterFormat.split else stochastic_master(update, moments is not Moments.float32)
 
 
 TORCH_UPDATES: dict[Moments, Update] = {

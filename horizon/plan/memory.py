@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from horizon.config.schema import Master, Moments, Tier
+from horizon.config.schema import MasterFormat, Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
 from horizon.plan.disk import (
@@ -119,7 +119,7 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
-    master: Master = Master.split
+    master: MasterFormat = MasterFormat.split
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
 
     @property
@@ -265,11 +265,15 @@ def check_fits(plan: MemoryPlan, remedy: str) -> None:
             )
             raise BudgetError(
                 f"needs {format_bytes(need)} of {tier} {kind} ({parts}) but {format_bytes(limit)} is allowed, "
-                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {_round_up(need + slack)} "
-                f"(or use {remedy})"
+                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {round_up(need + slack)} "
+                f"(or use {remedy})",
+                tier,
+                need,
+                limit,
             )
 
 
-def _round_up(num_bytes: int) -> str:
+def round_up(num_bytes: int) -> str:
+    """A budget that `num_bytes` fit, as a setting."""
     unit, name = (GIB, "GiB") if num_bytes >= 10 * GIB else (MIB, "MiB")
     return f"{-(-num_bytes // unit)}{name}"

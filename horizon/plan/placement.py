@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from horizon.config.schema import Master, MemoryConfig, Moments, Policy, Tier, TierRule
+from horizon.config.schema import MasterFormat, MemoryConfig, Moments, Policy, Tier, TierRule
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
@@ -83,7 +83,7 @@ class Placer:
 
 def read_policy(
     memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int,
-    moments: Moments = Moments.float32, master: Master = Master.split,
+    moments: Moments = Moments.float32, master: MasterFormat = MasterFormat.split,
 ) -> Placer:  # fmt: skip
     """The settings, checked. On CPU, where HBM would be the same memory, `auto` is `dram`.
 
@@ -110,7 +110,7 @@ def read_policy(
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
     narrow = [
         f"optim.{name}={value}"
-        for name, value, full in (("moments", moments, Moments.float32), ("master", master, Master.split))
+        for name, value, full in (("moments", moments, Moments.float32), ("master", master, MasterFormat.split))
         if value is not full
     ]
     if (wanted or by_rule or policy is Policy.hbm_first) and narrow:
@@ -148,10 +148,11 @@ def choose_placement(needs: MemoryNeeds, limits: Limits, reserve: int) -> frozen
     As many as fit. More, should the host have no room for the others; whether the device then has, the plan decides.
     """
     num_blocks = len(needs.layouts)
-    placed = [replace(needs, in_hbm=first_blocks(needs.layouts, num)) for num in range(num_blocks + 1)]
-    fits = [num for num, option in enumerate(placed) if tier_bytes(option, "device") + reserve <= limits.device]
-    allowed = [num for num, option in enumerate(placed) if tier_bytes(option, "host") <= limits.host]
+    placed = [first_blocks(needs.layouts, num) for num in range(num_blocks + 1)]
+    sizes = [tier_bytes(replace(needs, in_hbm=in_hbm)) for in_hbm in placed]
+    fits = [num for num, (_, device) in enumerate(sizes) if device + reserve <= limits.device]
+    allowed = [num for num, (host, _) in enumerate(sizes) if host <= limits.host]
     best, least = max(fits, default=0), min(allowed, default=0)
-    if least > best and tier_bytes(placed[least], "device") <= limits.device:
+    if least > best and sizes[least][1] <= limits.device:
         best = least
-    return placed[best].in_hbm
+    return placed[best]

@@ -112,7 +112,7 @@ def spill(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
     What only the update reads goes first, from the last block downward: the first blocks' updates are awaited soonest.
     Weights, which are also read by every pass, go last. Should nothing fit, all is there, and the plan refuses it.
     """
-    if tier_bytes(needs, "host") <= limits.host:
+    if tier_bytes(needs)[0] <= limits.host:
         return needs
     last_first = [lay for lay in reversed(needs.layouts) if lay.index not in needs.in_hbm]
     kinds = [[s for s in needs.states if s.name != "weights"], [s for s in needs.states if s.name == "weights"]]
@@ -120,11 +120,13 @@ def spill(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
     option = needs
     for num in range(1, len(order) + 1):
         option = replace(needs, placed=dict.fromkeys(order[:num], Tier.nvme))
-        if tier_bytes(option, "host") <= limits.host:
+        if tier_bytes(option)[0] <= limits.host:
             break
     return option
 
 
-def tier_bytes(needs: MemoryNeeds, tier: str) -> int:
-    """The fixed bytes of a tier."""
-    return sum(line.num_bytes for line in fixed_lines(needs) if line.tier == tier)
+def tier_bytes(needs: MemoryNeeds) -> tuple[int, int]:
+    """The fixed bytes of (host, device)."""
+    lines = fixed_lines(needs)
+    host, device = (sum(line.num_bytes for line in lines if line.tier == tier) for tier in ("host", "device"))
+    return host, device

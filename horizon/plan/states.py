@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, BlockLayout
 
 # Elements of int8 moments that share two scales. Parameters begin at multiples of it, so no group has two of them.
@@ -43,7 +43,7 @@ class State:
 
 
 MASTER = State("weights", torch.bfloat16, frozen=True), State("residual", torch.int16, frozen=True)
-MASTERS = {Master.split: MASTER, Master.bf16_stochastic: MASTER[:1]}
+MASTERS = {MasterFormat.split: MASTER, MasterFormat.bf16_stochastic: MASTER[:1]}
 MOMENTS = {
     Moments.float32: (State("exp_avg", torch.float32), State("exp_avg_sq", torch.float32)),
     Moments.bfloat16: (State("exp_avg", torch.bfloat16), State("exp_avg_sq", torch.bfloat16)),
@@ -56,7 +56,7 @@ MOMENTS = {
 }
 
 
-def states_of(master: Master, moments: Moments) -> tuple[State, ...]:
+def states_of(master: MasterFormat, moments: Moments) -> tuple[State, ...]:
     """What a block has with these formats, gradients apart."""
     return (*MASTERS[master], *MOMENTS[moments])
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence, Set
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Master, Moments, NvmeEngine, Tier
+from horizon.config.schema import MasterFormat, Moments, NvmeEngine, Tier
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
 from horizon.plan.disk import (
@@ -40,6 +40,7 @@ from horizon.units import format_bytes
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+WRITE_PIECE = 1 << 24  # elements of a parameter that are split into halves at a time: 64 MiB in fp32
 
 
 class HostStore:
@@ -69,7 +70,7 @@ class HostStore:
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
         moments: Moments = Moments.float32,
-        master: Master = Master.split,
+        master: MasterFormat = MasterFormat.split,
         placed: Placement | None = None,
         nvme_dir: str | None = None,
         nvme_engine: NvmeEngine = NvmeEngine.auto,
@@ -220,10 +221,13 @@ class HostStore:
         block, param = self.place(name)
         if tuple(value.shape) != param.spec.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
-        high, low = split_master(value.detach().reshape(-1).float())
-        self._write(("weights", block), param.offset, high)
-        if self.residual:
-            self._write(("residual", block), param.offset, low)
+        start = param.offset
+        for piece in torch.split(value.detach().reshape(-1), WRITE_PIECE):  # a device may have little room beside it
+            high, low = split_master(piece.float())
+            self._write(("weights", block), start, high)
+            if self.residual:
+                self._write(("residual", block), start, low)
+            start += piece.numel()
 
     def read_master(self, name: str) -> Tensor:
         """A parameter's exact fp32 value, a new CPU tensor of its shape."""

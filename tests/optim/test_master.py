@@ -6,7 +6,7 @@ import torch
 
 from horizon import AdamW, MemoryConfig
 from horizon.config.compose import compose
-from horizon.config.schema import Master, Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.errors import ConfigError
 from horizon.optim.adamw import step_scalars
 from horizon.optim.moments import noise, random_bits
@@ -14,7 +14,7 @@ from horizon.optim.states import update_order
 from horizon.optim.updater import load_update, torch_update
 from tests.parity.reference import LR, assert_same_tensors, build, engine_for, plain
 
-BF16 = Master.bf16_stochastic
+BF16 = MasterFormat.bf16_stochastic
 KINDS = {torch.bfloat16: np.uint16, torch.int16: np.uint16, torch.uint8: np.uint8, torch.float32: np.float32}
 ALL = pytest.mark.parametrize("moments", list(Moments))
 
@@ -44,7 +44,7 @@ def apply(update, moments, master, arrays, step, first=0, span=slice(None), scal
     start, stop = span.start or 0, span.stop or arrays["weights"].size
     parts = [arrays[state.name][state.span(start, stop)] for state in order]
     scalars = scalars or step_scalars(AdamW(weight_decay=0.1), 1e-3, step, 0.5, True)
-    rounds = moments is not Moments.float32 or master is not Master.split
+    rounds = moments is not Moments.float32 or master is not MasterFormat.split
     update(*parts, scalars, *([noise(7, step, 3, first + start)] if rounds else []))
 
 
@@ -68,8 +68,8 @@ def test_the_update_is_that_of_a_split_master_rounded_up_or_down(moments):
     """From the same weights: what is kept is one of the two bf16 neighbours, by the element's other random bits."""
     length = 50_000
     weights, grads = to_bf16(draw(length, 1)), draw(length, 2)
-    split, kept = (new_arrays(moments, master, weights, grads) for master in (Master.split, BF16))
-    apply(load_update(moments), moments, Master.split, split, 1)
+    split, kept = (new_arrays(moments, master, weights, grads) for master in (MasterFormat.split, BF16))
+    apply(load_update(moments), moments, MasterFormat.split, split, 1)
     apply(load_update(moments, BF16), moments, BF16, kept, 1)
     low = split["residual"].astype(np.uint32)
     exact = (split["weights"].astype(np.uint32) << 16) - ((low & 0x8000) << 1) + low
@@ -158,11 +158,11 @@ def test_fp32_computes_with_the_bf16_weights_and_the_plan_has_no_residual():
 
 def test_a_small_model_learns_as_with_split_masters():
     found = {}
-    for master in Master:
+    for master in MasterFormat:
         with engine_for(build("llama"), optimizer=AdamW(lr=LR, master=master)) as engine:
             found[master] = [engine.step(plain(0)).loss for _ in range(15)]
     assert found[BF16][-1] < 0.2 * found[BF16][0]
-    assert found[BF16] == pytest.approx(found[Master.split], rel=0.2)
+    assert found[BF16] == pytest.approx(found[MasterFormat.split], rel=0.2)
 
 
 def test_a_saved_model_has_the_bf16_values(tmp_path):
@@ -186,4 +186,4 @@ def test_what_does_not_go_with_it_is_refused():
     with pytest.raises(ConfigError, match=r"optim.master='bf16': expected one of split, bf16_stochastic"):
         AdamW(master="bf16")
     assert compose(["optim.master=bf16_stochastic"]).optim.master is BF16
-    assert compose(["optim.master=split"]).optim.master is Master.split
+    assert compose(["optim.master=split"]).optim.master is MasterFormat.split
