@@ -5,8 +5,8 @@
     python profiling/capacity.py --tiny                                                   a minute on a laptop's CPU
 
 Each case takes steps on the same random tokens, so the loss must fall. The last step is recorded. Its bounds: the
-kernels' own time, and the bytes that it read and wrote on disk at the rate that raw access to the same disk reaches doing
-both at once (`profiling/disk.py`), measured before the engine is built. `of_bound` is the step's time over the larger.
+kernels' own time, and the bytes that it read and wrote on disk at the rate that raw access to the same disk reaches
+doing both at once (`profiling/disk.py`), measured before the engine is built. `of_bound` is its time over the larger.
 """
 
 from __future__ import annotations
