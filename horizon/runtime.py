@@ -256,6 +256,10 @@ class Runtime:
 
     # ---- memory
 
+    def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None) -> int:
+        """See `StepPlanner.announce`."""
+        return self.planner.announce(batch_size, seq_len, rows)
+
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
         if self.device.type == "cuda":

@@ -58,7 +58,7 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
     for arguments in (["--help"], []):
         shown = horizon(*arguments)
         assert shown.returncode == 0
-        assert all(f"horizon {command}" in shown.stdout for command in ("train", "plan", "doctor", "check"))
+        assert all(f"horizon {command}" in shown.stdout for command in ("train", "plan", "doctor", "check", "replay"))
 
 
 def test_an_unknown_command_is_one_line(horizon):
@@ -66,7 +66,7 @@ def test_an_unknown_command_is_one_line(horizon):
     assert done.returncode == 1
     assert (
         done.stderr
-        == "horizon: ConfigError: 'trian' is no command; expected train, plan, doctor, check (horizon --help)\n"
+        == "horizon: ConfigError: 'trian' is no command; expected train, plan, doctor, check, replay (horizon --help)\n"
     )
 
 
@@ -167,7 +167,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "plan", "doctor", "check"]),
+        ("horizon ", ["train", "plan", "doctor", "check", "replay"]),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
@@ -265,3 +265,18 @@ def test_doctor_prints_one_json_object(horizon):
     answer = json.loads(done.stdout)
     assert done.returncode == (0 if answer["ok"] else 1)
     assert {"name", "status", "found", "fix"} == set(answer["checks"][0])
+
+
+def test_replay_explains_itself_and_refuses_what_it_does_not_know(horizon):
+    for arguments in ([], ["--help"]):
+        assert "usage: horizon replay base=FOLDER_OR_HUB_ID log=FILE out=FOLDER" in horizon("replay", *arguments).stdout
+    for arguments in (["base=a", "log=b"], ["base=a", "log=b", "out=c", "speed=9"], ["base=a", "log=b", "out"]):
+        done = horizon("replay", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"horizon: ConfigError: replay {' '.join(arguments)}: expected base=FOLDER log=")
+
+
+def test_replay_of_what_is_not_there_is_one_line(horizon):
+    done = horizon("replay", "base=nowhere", "log=none", "out=c")
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: CheckpointError: no such folder")

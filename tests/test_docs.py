@@ -42,7 +42,7 @@ def settings_of(node, prefix=""):
 
 def test_every_setting_is_listed_with_its_default():
     listed = {}
-    for section in ("### model", "### data", "### optim", "### train", "### memory", "### top level"):
+    for section in ("### model", "### data", "### optim", "### zo", "### train", "### memory", "### top level"):
         listed |= {key: default.strip("`") for key, default in table(CONFIGURATION, section).items()}
     assert listed == dict(settings_of(HorizonConfig())) | {"model.config": "tiny_llama's"}
 
