@@ -94,8 +94,8 @@ class Trainer:
         try:
             yield
         except BudgetError as error:
-            if error.tier is None:
-                raise  # the system refused, not the plan: nothing follows from arithmetic
+            if error.tier is None or self.config.optim.name != "adamw":
+                raise  # the system refused, not a plan; or the plan is of steps that nothing forecasts
             from horizon.forecast.advise import advise  # here: only a refusal needs it
 
             model = dataclasses.replace(
