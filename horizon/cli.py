@@ -14,6 +14,7 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
+COMMANDS = ("train", "plan", "doctor", "check", "replay")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -23,6 +24,8 @@ Train causal language models that host memory owns and the device only borrows.
 
 commands:
   train   train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  plan    what a run would use and how fast it would be: horizon plan [machine=FILE] [key=value ...]; allocates nothing
+  doctor  look at this machine: horizon doctor; with --measure, measure it for the plan
   replay  rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
   check   compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
 
@@ -72,13 +75,21 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         case ["train", *rest]:
             return _train(rest)
+        case ["plan", *rest]:
+            from horizon.commands import plan
+
+            return plan.run(rest)
+        case ["doctor", *rest]:
+            from horizon.commands import doctor
+
+            return doctor.run(rest)
         case ["check", *rest]:
             return _check(rest)
         case ["replay", *rest]:
             return _replay(rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
-    raise ConfigError(f"{arguments[0]!r} is no command; expected train, check or replay (horizon --help)")
+    raise ConfigError(f"{arguments[0]!r} is no command; expected {', '.join(COMMANDS)} (horizon --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -140,7 +151,7 @@ def _complete(arguments: list[str]) -> int:
     command, space, rest = typed.lstrip().partition(" ")
     if any(argument.startswith("query=") for argument in arguments):
         if not space:
-            print(" ".join(name for name in ("train", "check", "replay") if name.startswith(command)))
+            print(" ".join(name for name in COMMANDS if name.startswith(command)))
             return 0
         os.environ["COMP_LINE"] = f"{program} {rest}"
     run_with_hydra(lambda config, output_dir: None, ["-sc", *arguments], _print_error)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Policy, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
@@ -30,36 +30,36 @@ from horizon.optim.device import can_update, make_updater
 from horizon.optim.rate import measure_rates
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
-from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
+    host_overhead,
     lift_device_limit,
     limit_device,
     memory_limits,
     prepare_device,
-    process_bytes,
     resolve_device,
     resolve_dtype,
 )
-from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.memory import MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
 from horizon.plan.traffic import least_traffic
+from horizon.planner import StepPlanner
 from horizon.report.recording import Recording, record_steps
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
-from horizon.stream.activations import Activations, StepSpace
+from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.prediction import Predictor
+from horizon.stream.measure import measure_working_set
+from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
-Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
@@ -70,9 +70,7 @@ class Runtime:
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
         device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int, rates: Rates,
     ):  # fmt: skip
-        self.model, self.plan, self.device = model, plan, device
-        self._needs, self._placer, self._reserve = needs, placer, unknown_activations(plan.limits)
-        self._placed_for: Shapes = []
+        self.model, self.plan, self.needs, self.device = model, plan, needs, device
         self._optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
         self._pin = device.type == "cuda"
         with ExitStack() as release:  # in reverse, and all of it whatever fails
@@ -89,11 +87,12 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            self._activations = Activations(self.executor, self.streams, recompute, token_bytes)
-            release.callback(delattr, self, "_activations")
-            release.callback(self._activations.close)
-            self._predictor = Predictor(self.executor, rates, token_bytes)
-            release.callback(delattr, self, "_predictor")
+            working_set = partial(measure_working_set, self.executor)
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes)
+            release.callback(activations.close)
+            predictor = Predictor(timed_on(self.executor), rates, token_bytes)
+            self.planner = StepPlanner(self, placer, activations, predictor)
+            release.callback(delattr, self, "planner")  # it holds the executor, too
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
             self._start_updater(needs)
@@ -118,6 +117,16 @@ class Runtime:
         return self._steps.version
 
     @property
+    def as_landed(self) -> bool:
+        """Whether the host updates a block as soon as its gradient has landed."""
+        return self._steps.as_landed
+
+    @property
+    def updates_per_s(self) -> float | None:
+        """Parameters a second that the host's update was seen to take."""
+        return self._updater.parameters_per_s
+
+    @property
     def keeps_gradients(self) -> bool:
         """Gradients stay readable after a backward."""
         return self.buffers.kept
@@ -130,11 +139,13 @@ class Runtime:
 
     def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
         """A whole step: forward, backward, and the update, which may run on behind."""
-        return self._steps.run(batches, lambda: self._space(batches, self.buffers.kept), lr, seed, loss_fn)
+        space = partial(self.planner.space, batches, self.buffers, self.buffers.kept)
+        return self._steps.run(batches, space, lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        return self._steps.accumulate(batches, self._space(batches, old_share == 0), seed, old_share, loss_fn)
+        space = self.planner.space(batches, self.buffers, old_share == 0)
+        return self._steps.accumulate(batches, space, seed, old_share, loss_fn)
 
     def apply(self, lr: float, loss: float) -> StepOutcome:
         """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
@@ -184,7 +195,7 @@ class Runtime:
         """Return once every block has seen all optimizer steps."""
         for layout in self.model.layouts:
             self.store.ledger.wait(layout.index, self.version)
-        if self._needs.in_hbm:
+        if self.needs.in_hbm:
             self.streams.synchronize()  # a version in HBM is published when its update is launched
 
     def keep_fp32_gradients(self) -> None:
@@ -195,10 +206,10 @@ class Runtime:
         """
         if self.buffers.kept and self.buffers.dtype is torch.float32:
             return
-        needs = replace(self._needs, grad_dtype=torch.float32, keeps_gradients=True)
-        self._rearrange(self._placer.make_room(needs, self.plan.limits, self._reserve))
+        needs = replace(self.needs, grad_dtype=torch.float32, keeps_gradients=True)
+        self.rearrange(self.planner.make_room(needs))
 
-    def _rearrange(self, needs: MemoryNeeds) -> None:
+    def rearrange(self, needs: MemoryNeeds) -> None:
         """Have states, gradient buffers and slots as `needs` says, with what they hold; no step may be under way.
 
         Raises:
@@ -221,7 +232,7 @@ class Runtime:
         except BaseException as error:
             self.fail(error)  # what was on its way is lost
             raise
-        self.plan, self._needs = plan, needs
+        self.plan, self.needs = plan, needs
 
     def guarded(self, work: Callable[[], T]) -> T:
         """Run device work; whatever fails, wait for what is in flight and forget the step."""
@@ -241,29 +252,13 @@ class Runtime:
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""
         names = [layout.name for layout in self.model.layouts]
-        return record_steps(self.streams, names, least_traffic(self._needs), trace, picture)
+        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture)
 
     # ---- memory
 
     def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None) -> int:
-        """Rows per micro-batch for steps of `batch_size` rows, `rows` if given; the plan then includes activations."""
-        limit = self.model.max_positions
-        if limit is not None and seq_len > limit:
-            raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
-        kept = self.buffers.kept
-        self._predictor.learn(self._updater.parameters_per_s)
-        rows = rows or next(
-            self._leaving_room(
-                kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, self.version)
-            )
-        )
-        shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
-        if self._placer.moves:
-            self._place_for(shapes, kept, self._placer.place)
-        planned = self._plan_step(shapes, kept)
-        predict = partial(self._predictor.predict, self._needs, planned, shapes, self.version, self._steps.as_landed)
-        self.plan = self.plan.with_activations(planned.lines, self.guarded(predict))
-        return rows
+        """See `StepPlanner.announce`."""
+        return self.planner.announce(batch_size, seq_len, rows)
 
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
@@ -275,66 +270,19 @@ class Runtime:
         """Stop the threads, then release memory. Idempotent."""
         self._release.close()
 
-    def _space(self, batches: Sequence[MicroBatch], borrow: bool) -> StepSpace:
-        planned = self._plan_step([b.shape for b in batches], borrow)
-        idle = self._idle_bytes(self._needs, borrow)
-        buffers = [self.buffers.claim(b)[: size // self.buffers.dtype.itemsize] for b, size in enumerate(idle)]
-        return StepSpace(self._activations.boundaries(planned, _num_tokens(batches), buffers), planned.recompute)
-
-    def _plan_step(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
-        """Where the activations of micro-batches of these (rows, tokens) go; `plan` then includes them."""
-        if self._placer.moves and self._needs.in_hbm and shapes != self._placed_for:
-            self._place_for(shapes, borrow, self._placer.make_room)
-        fixed, idle = self.plan.with_activations(()), self._idle_bytes(self._needs, borrow)
-        planned = self.guarded(lambda: self._activations.plan(fixed, shapes, idle, self.version))
-        self.plan = fixed.with_activations(planned.lines, self._predictor.known(self._needs, shapes))
-        return planned
-
-    def _place_for(
-        self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]
-    ) -> None:
-        """Move blocks, as `place` says, so that the activations of such a step find room."""
-        keeps = self._placer.policy is Policy.auto
-        sizes = self._leaving_room(
-            borrow, lambda plan, idle: self._activations.num_bytes(plan, shapes, idle, self.version, keeps)
-        )
-        _, self._reserve = min(sizes, key=lambda size: size[0])  # what is in HBM must not push more to the host
-        needs = place(self._needs, self.plan.limits, self._reserve)
-        if needs != self._needs:
-            self._rearrange(needs)
-        self._placed_for = shapes
-
-    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> Iterator[T]:
-        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations, where that has room.
-
-        Then with the fewest.
-
-        Raises:
-            BudgetError: it finds no room even with these.
-        """
-        refused, found = None, False
-        for needs in self._placer.bases(self._needs, self.plan.limits):
-            try:
-                plan, idle = plan_memory(needs, self.plan.limits), self._idle_bytes(needs, borrow)
-                yield self.guarded(partial(work, plan, idle))
-                found = True
-            except BudgetError as error:
-                refused = error
-        if refused is not None and not found:
-            raise refused
-
-    def _idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
-        """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
-        layouts = self.model.layouts if borrow else ()
-        lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
-        taken = lent | needs.in_hbm
-        return [0 if lay.index in taken else lay.num_trainable * needs.grad_dtype.itemsize for lay in layouts]
-
     def _states(self, block: int) -> dict[str, Tensor]:
         return {**self.store.states(block), "grads": self.buffers.claim(block)}
 
     def _trainable_names(self) -> list[str]:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise a ConfigError where the settings cannot work anywhere."""
+    if memory.weight_slots < 1:
+        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    if memory.update_threads is not None and memory.update_threads < 1:
+        raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")
 
 
 def build_runtime(
@@ -359,11 +307,8 @@ def build_runtime(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    check_memory(memory)
     num_threads = default_num_threads() if memory.update_threads is None else memory.update_threads
-    if num_threads < 1:
-        raise ConfigError(f"memory.update_threads must be >= 1, got {num_threads}")
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
@@ -380,7 +325,7 @@ def build_runtime(
         dtype,
         keeps_gradients,
         memory.weight_slots,
-        process_bytes(),
+        host_overhead(target),
         overhead,
         moments=moments,
     )
@@ -394,7 +339,3 @@ def build_runtime(
         runtime.close()
         raise
     return runtime
-
-
-def _num_tokens(batches: Sequence[MicroBatch]) -> list[int]:
-    return [rows * length for rows, length in (b.shape for b in batches)]

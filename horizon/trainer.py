@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from horizon.building import make_optimizer
 from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
 from horizon.data import Loader, TextData, load_data
-from horizon.errors import ConfigError
+from horizon.errors import BudgetError, ConfigError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
 from horizon.optim.clipping import Clipping
@@ -77,13 +78,31 @@ class Trainer:
             self._check_architecture()
         data = self._load_data(source)
         print(data.summary, flush=True)
-        with build_engine(self.config, source, data.tokenizer) as engine:
+        with self._advising(len(data.tokenizer)):
+            engine = build_engine(self.config, source, data.tokenizer)
+        with engine:
             if self.config.optim.name == "mezo":
                 engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
             summary = self._run(engine, data)
         (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         self._print_end(summary)
         return summary
+
+    @contextmanager
+    def _advising(self, vocab_size: int) -> Iterator[None]:
+        """Add to a refusal which settings would fit."""
+        try:
+            yield
+        except BudgetError as error:
+            if error.tier is None:
+                raise  # the system refused, not the plan: nothing follows from arithmetic
+            from horizon.forecast.advise import advise  # here: only a refusal needs it
+
+            model = dataclasses.replace(
+                self.config.model, config={"vocab_size": vocab_size, **self.config.model.config}
+            )
+            config = dataclasses.replace(self.config, model=model)
+            raise BudgetError(f"{error}; {advise(config, error)}", error.tier, error.needed, error.limit) from error
 
     def _check_architecture(self) -> None:
         report = check_model(self.config.model)
@@ -106,7 +125,8 @@ class Trainer:
 
     def _run(self, engine: Engine, data: TextData) -> RunSummary:
         train, shuffle = self.config.train, self.config.data.shuffle
-        micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
+        with self._advising(engine.vocab_size):
+            micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
         loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
         held_out = validation_batches(data, train.eval_rows, micro_batch)
         print(engine.plan.table(), flush=True)

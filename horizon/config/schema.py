@@ -44,7 +44,7 @@ class Recompute(StrEnum):
 
 
 class Policy(StrEnum):
-    auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; on CPU as dram
+    auto = "auto"  # on a GPU what makes the step fastest, as far as it is announced; on CPU as dram
     dram = "dram"  # the states of all blocks on the host
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
 
@@ -140,7 +140,7 @@ class TrainConfig:
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
-    host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
+    host_budget: str = "auto"  # DRAM of the whole process; auto: what is available; cgroup: what the cgroup allows
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which blocks' states live in device memory, and are updated there

@@ -19,7 +19,8 @@ from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 from horizon.units import align_up
 
-PARAMETERS = {"cuda": 32 << 20, "cpu": 4 << 20}  # 14 to 16 bytes each: 512 MiB, more than a processor's cache holds
+# 8 to 16 bytes each: more than a processor's cache holds, and for many cores long against waking their threads
+PARAMETERS = {"cuda": 128 << 20, "cpu": 4 << 20}
 SWEEPS = 3  # updates of it all, the best of which counts: the first one takes its pages
 CHUNKS_A_THREAD = 4
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -20,19 +20,45 @@ logger = logging.getLogger(__name__)
 
 
 Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of each micro-batch of a step
+# of (rows, tokens) of a micro-batch, version, what layers keep, and whether it is the step's only one
+StepTimesOf = Callable[[tuple[int, int], int, Set[Recompute], bool], StepTimes | None]
+
+
+def timed_on(executor: Executor) -> StepTimesOf:
+    """Times of passes as `executor` runs them.
+
+    They are None while steps are recorded, for they would be taken for theirs, and where the device has no room.
+    """
+
+    def times(shape: tuple[int, int], version: int, kinds: Set[Recompute], alone: bool) -> StepTimes | None:
+        if executor.recording:
+            return None
+        batch = sample_batch(executor, *shape)[0]
+        try:
+            return executor.time_passes(batch, version, kinds, alone=alone)
+        except torch.cuda.OutOfMemoryError as error:
+            executor.reset()
+            logger.warning("no prediction of the step's time: %s", str(error).splitlines()[0])
+            return None
+        finally:
+            if executor.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    return times
 
 
 class Predictor:
     """Predicts steps whose shape is planned ahead; nothing is timed for others.
 
     Args:
+        step_times: where the time of passes comes from: timed, or estimated for an engine that does not exist.
         rates: of the machine, measured before the states were allocated.
         token_bytes: bytes of one token's hidden state.
     """
 
-    def __init__(self, executor: Executor, rates: Rates, token_bytes: int):
-        self._executor, self._rates, self._token_bytes = executor, rates, token_bytes
-        self._times: dict[tuple[object, ...], StepTimes] = {}
+    def __init__(self, step_times: StepTimesOf, rates: Rates, token_bytes: int):
+        self._step_times, self._rates, self._token_bytes = step_times, rates, token_bytes
+        self._times: dict[tuple[object, ...], tuple[Set[Recompute], StepTimes]] = {}  # with the kinds that were timed
         self._predictions: dict[tuple[object, ...], StepPrediction] = {}
 
     def learn(self, updates_per_s: float | None) -> None:
@@ -47,38 +73,46 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, the first as large as any; None where there is no room to time that one.
-
-        Nothing is timed while steps are recorded, for it would be taken for theirs; None then, too.
+        """A step of these micro-batches, which `known` then knows; None where `time` fails.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if self._executor.recording:
+        if not self.time(shapes, _kinds(needs, planned), version):
             return None
-        try:
-            times = self._measured(needs, planned, shapes, version)
-        except torch.cuda.OutOfMemoryError as error:
-            self._executor.reset()
-            logger.warning("no prediction of the step's time: %s", str(error).splitlines()[0])
-            return None
-        tokens = [rows * length for rows, length in shapes]
-        predicted = predict_step(needs, planned, tokens, self._token_bytes, times, self._rates, as_landed)
-        self._predictions[_key(needs, shapes)] = predicted
-        return predicted
+        self._predictions[_key(needs, shapes)] = self.estimate(needs, planned, shapes, as_landed)
+        return self._predictions[_key(needs, shapes)]
 
-    def _measured(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int) -> StepTimes:
-        kinds = frozenset(planned.recompute.get(lay.index, Recompute.full) for lay in needs.layouts[1:-1])
-        alone = len(shapes) == 1
-        key = shapes[0], alone, kinds
-        if key not in self._times:
-            batch = sample_batch(self._executor, *shapes[0])[0]
-            self._times[key] = self._executor.time_passes(batch, version, kinds, alone)
-            if self._executor.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return self._times[key]
+    def estimate(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool) -> StepPrediction:
+        """A step of micro-batches that were timed, with all kinds of keeping in `planned`; arguments as `predict`."""
+        tokens = [rows * length for rows, length in shapes]
+        _, times = self._times[_timed_key(shapes)]
+        return predict_step(needs, planned, tokens, self._token_bytes, times, self._rates, as_landed)
+
+    def time(self, shapes: Shapes, kinds: Set[Recompute], version: int) -> bool:
+        """Time the passes over the first of these micro-batches, which is as large as any, once for each kind.
+
+        Returns:
+            whether they are timed.
+        """
+        key = _timed_key(shapes)
+        if key in self._times and kinds <= self._times[key][0]:
+            return True
+        times = self._step_times(shapes[0], version, kinds, len(shapes) == 1)
+        if times is None:
+            return False
+        self._times[key] = kinds, times
+        return True
+
+
+def _kinds(needs: MemoryNeeds, planned: ActivationPlan) -> frozenset[Recompute]:
+    return frozenset(planned.recompute.get(layout.index, Recompute.full) for layout in needs.layouts[1:-1])
+
+
+def _timed_key(shapes: Shapes) -> tuple[object, ...]:
+    return shapes[0], len(shapes) == 1
 
 
 def _key(needs: MemoryNeeds, shapes: Shapes) -> tuple[object, ...]:

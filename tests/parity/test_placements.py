@@ -234,7 +234,7 @@ def test_blocks_do_not_move_while_their_update_is_under_way(tied, clip, monkeypa
         runtime, found = engine._runtime, []
         for batches, in_hbm in zip(steps(), ({0, 1}, {5}, set(), {0}), strict=True):
             found.append(engine.step(batches))
-            runtime._rearrange(replace(runtime._needs, in_hbm=frozenset(in_hbm if not tied else in_hbm - {5})))
+            runtime.rearrange(replace(runtime.needs, in_hbm=frozenset(in_hbm if not tied else in_hbm - {5})))
         assert [(r.loss, r.grad_norm) for r in found] == expected
         assert_same_tensors(dict(engine.named_master_parameters()), weights)
 
@@ -252,7 +252,7 @@ def test_boundaries_on_the_host_beside_blocks_in_hbm(tied):
             found.append([outcome(engine, engine.step(batch)) for batch in batches])
             assert "boundaries of 1 blocks" in [line.purpose for line in engine.plan.activations]
             runtime = engine._runtime
-            idle = runtime._idle_bytes(runtime._needs, borrow=True)
+            idle = runtime.planner.idle_bytes(runtime.needs, borrow=True)
             assert [idle[b] for b in runtime.store.in_hbm] == [0] * num_blocks
             assert any(idle)
     for one, other in zip(*found, strict=True):

@@ -1,0 +1,47 @@
+"""Which of several arrangements of a step is best: they differ in which blocks' states live in HBM.
+
+What the device has left beside them goes to what layers keep for their backward (`horizon.plan.activations`), so that
+each block in HBM is paid for with recomputation, and each saves link and host memory. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from horizon.layout import BlockLayout
+from horizon.plan.activations import ActivationPlan
+from horizon.plan.memory import MemoryNeeds
+from horizon.plan.placement import preference
+from horizon.plan.prediction import StepPrediction
+
+AS_FAST = 0.002  # of a step: what is slower by less is as fast as the fastest, and may have less on the host instead
+
+
+class Arrangement(NamedTuple):
+    """One way to hold a step's states and activations."""
+
+    needs: MemoryNeeds
+    activations: ActivationPlan
+    host_bytes: int
+    prediction: StepPrediction
+
+
+def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
+    """The sets of blocks in HBM that are worth a look: the first in the order of preference, with a head last or early.
+
+    A head of its own is the largest block beside the embedding: with it go slots of its size.
+    """
+    order, head = preference(layouts), len(layouts) - 1
+    early = [order[0], head, *(block for block in order[1:] if block != head)]
+    return list(dict.fromkeys(frozenset(blocks[:num]) for blocks in (order, early) for num in range(len(layouts) + 1)))
+
+
+def best(arrangements: Iterable[Arrangement]) -> Arrangement | None:
+    """The one that needs the least host memory among the fastest; None where there are none."""
+    found = list(arrangements)
+    if not found:
+        return None
+    limit = min(option.prediction.seconds for option in found) * (1 + AS_FAST)
+    fast = [option for option in found if option.prediction.seconds <= limit]
+    return min(fast, key=lambda option: (option.host_bytes, option.prediction.seconds))

@@ -1,0 +1,185 @@
+"""Plans steps before they run: rows of a micro-batch, where states and activations go, how long it will take.
+
+Bytes of a step come from what was measured of its blocks (`horizon.stream.measure`), its time from passes that were
+timed (`horizon.stream.timing`). Rows follow from bytes alone, so that the same settings give the same sums in every
+run; what time decides is which blocks live in HBM, which changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from horizon.config.schema import Policy
+from horizon.errors import BudgetError, ConfigError
+from horizon.models.blocks import BlockModel
+from horizon.plan.activations import ActivationPlan
+from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.placement import Placer, unknown_activations
+from horizon.plan.search import Arrangement, best, placements
+from horizon.store.gradients import GradientBuffers
+from horizon.stream.activations import Activations, StepSpace
+from horizon.stream.batch import MicroBatch
+from horizon.stream.prediction import Predictor
+
+T = TypeVar("T")
+Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
+
+
+class Arranged(Protocol):
+    """What steps are planned for: the engine's running parts."""
+
+    model: BlockModel
+    plan: MemoryPlan
+    needs: MemoryNeeds
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen."""
+
+    @property
+    def as_landed(self) -> bool:
+        """Whether the host updates a block as soon as its gradient has landed."""
+
+    @property
+    def updates_per_s(self) -> float | None:
+        """Parameters a second that the host's update was seen to take."""
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        """Run device work; whatever fails, forget it."""
+
+    def rearrange(self, needs: MemoryNeeds) -> None:
+        """Have states, gradient buffers and slots as `needs` says."""
+
+
+class StepPlanner:
+    """Plans the steps of one engine; its `plan` then includes the activations of the last planned step."""
+
+    def __init__(self, parts: Arranged, placer: Placer, activations: Activations, predictor: Predictor):
+        self._parts, self._placer, self._activations, self._predictor = parts, placer, activations, predictor
+        self._reserve = unknown_activations(parts.plan.limits)  # of the device, for activations
+        self._placed_for: Shapes = []
+
+    def announce(self, batch_size: int, seq_len: int, rows: int | None) -> int:
+        """Plan steps of `batch_size` rows in micro-batches of `rows`, or as many as suit; gives the rows.
+
+        Raises:
+            BudgetError: they do not fit.
+            ConfigError: the model has no positions for rows of that length.
+        """
+        parts, limit = self._parts, self._parts.model.max_positions
+        if limit is not None and seq_len > limit:
+            raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
+        kept = parts.needs.keeps_gradients
+        self._predictor.learn(parts.updates_per_s)
+        rows = rows or next(
+            self._leaving_room(
+                kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, parts.version)
+            )
+        )
+        shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
+        if self._placer.moves and not self._place_fastest(shapes, kept):
+            self._place_for(shapes, kept, self._placer.place)
+        planned = self._plan(shapes, kept)
+        predict = partial(self._predictor.predict, parts.needs, planned, shapes, parts.version, parts.as_landed)
+        parts.plan = parts.plan.with_activations(planned.lines, parts.guarded(predict))
+        return rows
+
+    def space(self, batches: Sequence[MicroBatch], buffers: GradientBuffers, borrow: bool) -> StepSpace:
+        """Room for the activations of a step; with `borrow` also in gradient buffers, where idle meanwhile."""
+        planned = self._plan([b.shape for b in batches], borrow)
+        idle = self.idle_bytes(self._parts.needs, borrow)
+        lent: list[Tensor] = [buffers.claim(b)[: size // buffers.dtype.itemsize] for b, size in enumerate(idle)]
+        tokens = [rows * length for rows, length in (b.shape for b in batches)]
+        return StepSpace(self._activations.boundaries(planned, tokens, lent), planned.recompute)
+
+    def make_room(self, needs: MemoryNeeds) -> MemoryNeeds:
+        """`needs` with as few blocks in HBM as it takes for the steps planned last."""
+        return self._placer.make_room(needs, self._parts.plan.limits, self._reserve)
+
+    def idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
+        """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
+        layouts = self._parts.model.layouts if borrow else ()
+        lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
+        taken = lent | needs.in_hbm
+        return [0 if lay.index in taken else lay.num_trainable * needs.grad_dtype.itemsize for lay in layouts]
+
+    def _plan(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
+        """Where the activations of micro-batches of these (rows, tokens) go; the engine's plan then includes them."""
+        parts = self._parts
+        if self._placer.moves and parts.needs.in_hbm and shapes != self._placed_for:
+            self._place_for(shapes, borrow, self._placer.make_room)
+        fixed, idle = parts.plan.with_activations(()), self.idle_bytes(parts.needs, borrow)
+        planned = parts.guarded(lambda: self._activations.plan(fixed, shapes, idle, parts.version))
+        parts.plan = fixed.with_activations(planned.lines, self._predictor.known(parts.needs, shapes))
+        return planned
+
+    # ---- which blocks live in HBM
+
+    def _place_fastest(self, shapes: Shapes, borrow: bool) -> bool:
+        """Move blocks so that such a step is fastest; False where the policy is another, or no step could be timed."""
+        parts, kinds = self._parts, self._activations.kinds
+        if self._placer.policy is not Policy.auto:
+            return False
+        if not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
+            return False
+        chosen = best(self._arrangements(shapes, borrow))
+        if chosen is None:
+            return False
+        lines = chosen.activations.lines
+        self._reserve = sum(line.num_bytes for line in lines if line.tier == "device")
+        if chosen.needs != parts.needs:
+            parts.rearrange(chosen.needs)
+        self._placed_for = shapes
+        return True
+
+    def _arrangements(self, shapes: Shapes, borrow: bool) -> Iterator[Arrangement]:
+        """All that fit."""
+        parts, limits = self._parts, self._parts.plan.limits
+        for in_hbm in placements(parts.model.layouts):
+            needs = replace(parts.needs, in_hbm=in_hbm)
+            try:
+                fixed = plan_memory(needs, limits)
+                idle = self.idle_bytes(needs, borrow)
+                planned = self._activations.consider(fixed, shapes, idle, parts.version)
+            except BudgetError:
+                continue
+            predicted = self._predictor.estimate(needs, planned, shapes, parts.as_landed)
+            yield Arrangement(needs, planned, fixed.with_activations(planned.lines).num_bytes("host"), predicted)
+
+    def _place_for(
+        self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]
+    ) -> None:
+        """Move blocks, as `place` says, so that the activations of such a step find room."""
+        parts, keeps = self._parts, self._placer.policy is Policy.auto
+        sizes = self._leaving_room(
+            borrow, lambda plan, idle: self._activations.num_bytes(plan, shapes, idle, parts.version, keeps)
+        )
+        _, self._reserve = min(sizes, key=lambda size: size[0])  # what is in HBM must not push more to the host
+        needs = place(parts.needs, parts.plan.limits, self._reserve)
+        if needs != parts.needs:
+            parts.rearrange(needs)
+        self._placed_for = shapes
+
+    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> Iterator[T]:
+        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations, where that has room.
+
+        Then with the fewest.
+
+        Raises:
+            BudgetError: it finds no room even with these.
+        """
+        parts, refused, found = self._parts, None, False
+        for needs in self._placer.bases(parts.needs, parts.plan.limits):
+            try:
+                plan, idle = plan_memory(needs, parts.plan.limits), self.idle_bytes(needs, borrow)
+                yield parts.guarded(partial(work, plan, idle))
+                found = True
+            except BudgetError as error:
+                refused = error
+        if refused is not None and not found:
+            raise refused

@@ -1,0 +1,87 @@
+"""Steps that are announced: blocks go where the step is fastest, which changes no result, and never beyond the budget.
+
+On CPU the policy `auto` leaves all on the host. Here it is made to choose, as on a GPU, from passes timed on the CPU.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from horizon import MemoryConfig, runtime
+from horizon.config.schema import Policy
+from horizon.plan.placement import Placer
+from horizon.stream.prediction import Predictor
+from tests.parity.reference import Resident, assert_same, build, engine_for, plain, streamed_step
+
+LAYERS = 4
+
+
+@pytest.fixture
+def choosing(monkeypatch):
+    monkeypatch.setattr(runtime, "read_policy", lambda *_: Placer(Policy.auto))
+
+
+def model(tied=False):
+    return build("llama", num_hidden_layers=LAYERS, tie_word_embeddings=tied)
+
+
+def predicting(monkeypatch, seconds_of):
+    """Have a step take `seconds_of(blocks in HBM)`, whatever was timed."""
+    estimate = Predictor.estimate
+
+    def told(self, needs, *args):
+        predicted = estimate(self, needs, *args)
+        return replace(predicted, arithmetic_s=seconds_of(needs.in_hbm), link_s=0, optimizer_s=0, launch_s=0)
+
+    monkeypatch.setattr(Predictor, "estimate", told)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("fastest", [set(), {0}, {0, 5}, {0, 1, 2}], ids=str)
+def test_blocks_go_where_the_step_is_fastest(monkeypatch, choosing, tied, fastest):
+    if tied and fastest == {0, 1, 2}:
+        fastest = {0, 1, 2, 5}
+    predicting(monkeypatch, lambda in_hbm: 1.0 if in_hbm == fastest else 2.0)
+    resident = Resident(model(tied))
+    with engine_for(model(tied)) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert engine._runtime.store.in_hbm == fastest
+        assert engine.plan.prediction.seconds == 1.0
+        for seed in range(3):
+            assert_same(streamed_step(engine, [plain(seed)]), resident.step([plain(seed)]))
+        assert engine._runtime.store.in_hbm == fastest  # the step that was announced moves nothing
+
+
+def test_what_does_not_fit_is_not_chosen_however_fast(monkeypatch, choosing):
+    predicting(monkeypatch, lambda in_hbm: 1.0 / (1 + len(in_hbm)))
+    with engine_for(model()) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert len(engine._runtime.store.in_hbm) == LAYERS + 2
+        states = engine.plan.with_activations(()).num_bytes("device")
+    with engine_for(model(), memory=MemoryConfig(device_budget=f"{states - 1}B")) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert 0 < len(engine._runtime.store.in_hbm) < LAYERS + 2
+        assert engine.plan.num_bytes("device") < states
+        assert engine.step(plain(0)).loss > 0
+
+
+def test_where_nothing_can_be_timed_the_policys_own_order_decides(monkeypatch, choosing):
+    monkeypatch.setattr(Predictor, "time", lambda *_: False)
+    with engine_for(model()) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert engine.plan.prediction is None
+        assert engine._runtime.store.in_hbm  # there is room for some
+        assert engine.step(plain(0)).loss > 0
+
+
+def test_each_kind_of_keeping_is_timed_once_for_a_shape(monkeypatch, choosing):
+    seen = []
+    with engine_for(model()) as engine:
+        executor = engine._runtime.executor
+        time_passes = executor.time_passes
+        monkeypatch.setattr(executor, "time_passes", lambda *a, **k: (seen.append(set(a[2])), time_passes(*a, **k))[1])
+        for _ in range(2):
+            engine.plan_micro_batch(4, 12, 2)
+        assert len(seen) == 1
+        engine.plan_micro_batch(4, 12, 4)
+        assert len(seen) == 2
