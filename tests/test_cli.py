@@ -281,3 +281,9 @@ def test_replay_of_what_is_not_there_is_one_line(horizon):
     done = horizon("replay", "base=nowhere", "log=none", "out=c")
     assert done.returncode == 1
     assert done.stderr.startswith("horizon: CheckpointError: no such folder")
+
+
+def test_plan_refuses_an_optimizer_that_it_knows_nothing_of(horizon):
+    done = horizon("plan", "optim=mezo", *SHAPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: ConfigError: horizon plan foretells steps of adamw only; with optim=mezo")
