@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,34 +18,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from horizon.check import ensure_supported
-from horizon.checkpoint.hf_export import Tokenizer, export_model
-from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, OnNonFinite
-from horizon.config.values import choice, patterns, settings
-from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
-from horizon.models.skeleton import open_model
+from horizon import checkpoints
+from horizon.accumulation import Waiting
+from horizon.checkpoint.hf_export import Tokenizer
+from horizon.checkpoint.saves import Save
+from horizon.config.schema import MemoryConfig
+from horizon.diagnosis import report_dropped
+from horizon.errors import BatchError, ConfigError, HorizonError
+from horizon.inference import last_logits, mean_loss
+from horizon.opening import open_runtime
 from horizon.optim.adamw import AdamW
-from horizon.optim.clipping import LAGGED_NOTE, Clipping
 from horizon.optim.steps import StepOutcome
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
 from horizon.report.recording import Recording
-from horizon.runtime import Runtime, build_runtime
+from horizon.runtime import Runtime
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """What `forward_backward` has left for `optimizer_step`."""
-
-    num_tokens: int = 0
-    loss: float = 0.0  # mean over them
-    batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
 
 
 class Engine:
@@ -60,20 +52,12 @@ class Engine:
         plan: predicted bytes per tier.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        *,
-        lr: float,
-        clipping: Clipping,
-        seed: int,
-        on_nonfinite: OnNonFinite,
-    ):
+    def __init__(self, runtime: Runtime, seed: int):
         self._runtime = runtime
-        self.lr = lr
-        self._clipping, self._seed, self._on_nonfinite = clipping, seed, on_nonfinite
+        self.lr = runtime.optimizer.lr
+        self._seed = seed
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
-        self._waiting = _Waiting()
+        self._waiting = Waiting()
         self._has_gradients = False
         self._closed = False
 
@@ -117,24 +101,12 @@ class Engine:
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
-        on_bad = choice(OnNonFinite, on_nonfinite, "on_nonfinite")
-        optimizer = settings(AdamW, optimizer, "optimizer")
-        clipping.check(optimizer, on_bad)
-        memory = settings(MemoryConfig, memory, "memory")
-        dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
-        frozen = patterns(freeze, "freeze")
-        skeleton, weights = open_model(model, revision, trust_remote_code)
-        if self_check:
-            ensure_supported(skeleton.config, trust_remote_code)
-        runtime = build_runtime(
-            skeleton, weights, optimizer=optimizer, memory=memory, device=device, compute_dtype=dtype, seed=seed,
-            kernels=kernel_kind, freeze=frozen, clipping=clipping,
-            keeps_gradients=clipping.keeps_gradients or on_bad is OnNonFinite.skip,
+        runtime = open_runtime(
+            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device,
+            compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite,
+            clip=clip, revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
         )  # fmt: skip
-        if clipping.mode is Clip.lagged:
-            logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
-        return cls(runtime, lr=optimizer.lr, clipping=clipping, seed=seed, on_nonfinite=on_bad)
+        return cls(runtime, seed)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
@@ -186,17 +158,13 @@ class Engine:
         self._require_open()
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
         tokens = num_trained_tokens(batches)
-        total = waiting.num_tokens + tokens
-        old_share = waiting.num_tokens / total
 
         def accumulate(seed: int) -> Tensor:
             self._runtime.keep_fp32_gradients()
-            return self._runtime.accumulate(batches, seed, old_share, loss_fn)
+            return self._runtime.accumulate(batches, seed, waiting.share_beside(tokens), loss_fn)
 
         loss = float(self._run_pass(accumulate))
-        mean = waiting.loss * old_share + loss * (1 - old_share)
-        self._waiting = _Waiting(total, mean, batches if math.isfinite(waiting.loss) else waiting.batches)
-        self._has_gradients = True
+        self._waiting, self._has_gradients = waiting.joined(tokens, loss, batches), True
         return loss
 
     def optimizer_step(self) -> StepResult:
@@ -211,7 +179,7 @@ class Engine:
         self._check_lr()
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
-        waiting, self._waiting = self._waiting, _Waiting()
+        waiting, self._waiting = self._waiting, Waiting()
         step, outcome = self.num_steps + 1, self._runtime.apply(self.lr, waiting.loss)
         return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
@@ -219,18 +187,13 @@ class Engine:
         """The loss without gradients: mean over trained tokens (dropout off)."""
         self._require_open()
         batches = self._prepare(batch, loss_fn is None)
-        executor = self._runtime.executor
-        losses = self._runtime.guarded(lambda: [*map(float, executor.evaluate(batches, self.num_steps, loss_fn))])
-        weights = [1 if loss_fn is None else b.num_tokens for b in batches]
-        return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / num_trained_tokens(batches)
+        return mean_loss(self._runtime, batches, loss_fn)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
         self._require_open()
         batches = self._prepare(batch, need_labels=False)
-        executor = self._runtime.executor
-        logits = self._runtime.guarded(lambda: [x.cpu() for x in executor.last_logits(batches, self.num_steps)])
-        return torch.cat(logits).float()
+        return last_logits(self._runtime, batches)
 
     # ---- state by name
 
@@ -260,11 +223,59 @@ class Engine:
             dtype: of the saved tensors: "float32" keeps the masters exactly, "bfloat16" halves the size.
         """
         self._require_open()
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-        self._runtime.wait_for_updates()
-        skeleton, read = self._runtime.model.skeleton, self._runtime.store.read_master
-        export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)
+        checkpoints.export(self._runtime, folder, dtype, tokenizer)
+
+    # ---- checkpoints
+
+    @classmethod
+    def load_checkpoint(
+        cls, folder: str | Path, *, model: Any = None, weights_only: bool = False, **settings: Any
+    ) -> Engine:
+        """An engine that goes on from a checkpoint.
+
+        Args:
+            model: as for `from_pretrained`, but its weights are not read; None: what the checkpoint says.
+            weights_only: begin at step 0 with these weights; the optimizer may be another one then.
+            settings: as for `from_pretrained`; `optimizer` and `seed` are by default those of the checkpoint.
+        """
+        return checkpoints.load(cls.from_pretrained, folder, model, weights_only, settings)
+
+    def plan_checkpoints(self, staging: str = "auto") -> None:
+        """Plan saves: `plan` then includes the host memory that they are written from. Else the first save does.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        self._require_open()
+        self._runtime.plan_saves(staging)
+
+    def save_checkpoint(
+        self, folder: str | Path, *, run: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
+    ) -> Save:
+        """Begin to write a checkpoint of this moment and return at once: training may go on meanwhile.
+
+        Args:
+            folder: must not exist; appears when all of it is on disk. A save still under way is waited for first.
+            run: plain JSON values that `restore` gives back, such as a position in the data.
+
+        Raises:
+            CheckpointError: it cannot begin. If it fails later, `wait` and the engine's next call raise that.
+        """
+        self._require_open()
+        if self._waiting.num_tokens:
+            raise HorizonError("save_checkpoint while gradients of forward_backward wait; call optimizer_step first")
+        return checkpoints.begin_save(self._runtime, folder, self._num_passes, self._seed, run or {}, tokenizer)
+
+    def restore(self, folder: str | Path, *, weights_only: bool = False) -> dict[str, Any]:
+        """Go on from a checkpoint of this model, however that was placed; returns what `run` was when it was saved.
+
+        Raises:
+            CheckpointError: it is damaged, or (the engine can go on) model or optimizer are others; names what differs.
+        """
+        self._require_open()
+        manifest = checkpoints.restore(self._runtime, folder, weights_only)
+        self._num_passes, self._waiting, self._has_gradients = manifest.passes, Waiting(), False
+        return manifest.run
 
     # ---- facts
 
@@ -329,10 +340,10 @@ class Engine:
     # ---- life
 
     def close(self) -> None:
-        """Stop the workers and release all memory. Idempotent."""
+        """Stop the workers, when a save under way is on disk, and release all memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._waiting = _Waiting()
+            self._waiting = Waiting()
             self._runtime.close()
 
     def __enter__(self) -> Engine:
@@ -341,6 +352,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            self._runtime.saves.abandon()  # Ctrl-C: who waits for a disk does not stop at once
         try:
             self.close()
         except Exception:
@@ -359,7 +372,7 @@ class Engine:
         try:
             found = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
         except BaseException:
-            self._has_gradients, self._waiting = False, _Waiting()
+            self._has_gradients, self._waiting = False, Waiting()
             raise
         self._num_passes += 1
         return found
@@ -368,32 +381,17 @@ class Engine:
         self, step: int, outcome: StepOutcome, batches: list[MicroBatch], num_tokens: int, started: float
     ) -> StepResult:
         if outcome.applied is None:
-            self._drop(step, outcome.loss, batches)
+            self._has_gradients = False
+            report_dropped(self._runtime, step, outcome.loss, batches)
         self._has_gradients = self._runtime.keeps_gradients and outcome.applied is not None
         self._runtime.streams.timeline.end_step()
         return outcome.result(num_tokens, time.perf_counter() - started)
-
-    def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
-        """Say why a step is not finite, and raise unless such steps are skipped."""
-        self._has_gradients = False
-        message = f"step {step}: {self._runtime.explain_non_finite(loss, batches)}"
-        if self._on_nonfinite is OnNonFinite.skip:
-            logger.warning("%s; the step is skipped", message)
-            return
-        if self.num_steps < step:
-            remedy = "on_nonfinite=skip" + (" and clip=exact" if self._clipping.mode is Clip.lagged else "")
-            raise NonFiniteError(f"{message}; set {remedy} to drop such steps (train.on_nonfinite)")
-        error = NonFiniteError(
-            f"{message}; blocks were updated before that was known: load the last saved model and set max_grad_norm "
-            "with clip=exact, or on_nonfinite=skip (optim.max_grad_norm, optim.clip, train.on_nonfinite)"
-        )
-        self._runtime.fail(error)
-        raise error
 
     def _require_open(self) -> None:
         if self._closed:
             raise HorizonError("the engine is closed")
         self._runtime.raise_if_failed()
+        self._runtime.saves.raise_if_failed()
 
     def _check_lr(self) -> None:
         if not 0 <= self.lr < math.inf:

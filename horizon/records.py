@@ -40,6 +40,20 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    """One checkpoint, one line of `checkpoints.jsonl`."""
+
+    step: int  # optimizer steps that its weights have seen
+    folder: str
+    num_bytes: int  # of all arrays
+    seconds: float  # from when it was asked for until all of it was on disk
+    bytes_per_s: float  # num_bytes / seconds
+    stall_s: float  # training waited: for the save to begin, and for blocks to be set aside before their update
+    room_s: float  # of stall_s: the staging was full because the disk did not keep up
+    time: float  # when it was on disk, seconds since 1970
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
     """What crossed the link in a step, in one direction."""
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from horizon.config.schema import Clip
@@ -89,6 +90,16 @@ class Steps:
     def as_landed(self) -> bool:
         """Whether the host updates a block as soon as its gradient has landed, as far as clipping allows."""
         return not isinstance(self._updates, KeptUpdates)
+
+    @property
+    def last_norm(self) -> float | None:
+        """Of the gradients of the step applied last, before clipping; None before the first."""
+        return None if self._last_norm is None else float(self._last_norm)
+
+    def go_on_from(self, version: int, last_norm: float | None) -> None:
+        """The weights are others now, and have seen `version` steps, the last with gradients of `last_norm`."""
+        self.version = version
+        self._last_norm = None if last_norm is None else torch.tensor(last_norm)
 
     def run(
         self, batches: Sequence[MicroBatch], space: MakeSpace, lr: float, seed: int, loss_fn: LossFn | None

@@ -92,6 +92,7 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
+    saving: int = 0  # bytes that checkpoints are written from
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -116,6 +117,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         Line("host", "residual (low halves)", num_bytes(MASTER[1:], on_host)),
         Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", num_bytes(moments, on_host)),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
+        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
