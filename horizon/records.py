@@ -91,8 +91,8 @@ class StepSplit:
 class RunSummary:
     """What a finished run has to say; `summary.json`."""
 
-    steps: int
-    num_tokens: int  # of all steps, without padding
+    steps: int  # done, before a checkpoint that the run went on from, too
+    num_tokens: int  # of all steps that metrics.jsonl lists, without padding; so are the next ones
     seconds: float  # in steps, without evaluation and saving
     tokens_per_s: float
     loss: float  # of the last step
@@ -103,7 +103,9 @@ class RunSummary:
     validation_loss_after: float | None
     sample_before: str | None  # None: train.sample_tokens=0
     sample_after: str | None
-    split: StepSplit
+    split: StepSplit | None  # None: the run had been finished before, and had no step left
     output_dir: str
     model_dir: str | None  # None: train.save=false
+    checkpoint: str | None  # saved last; None: checkpoint.save_every=null
+    resumed_from: str | None  # the checkpoint; None: the run began anew
     trace_file: str | None  # None: trace=false
