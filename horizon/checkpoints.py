@@ -91,9 +91,9 @@ def restore(runtime: Runtime, folder: str | Path, weights_only: bool) -> Manifes
     checkpoint, layouts = Checkpoint(folder), runtime.store.layouts
     manifest, skeleton = checkpoint.manifest, runtime.model.skeleton
     whole = manifest.optimizer is not None and not weights_only
-    check_weights(checkpoint, layouts)
     if whole:
         check_same(checkpoint, layouts, skeleton.config, runtime.optimizer)
+    check_weights(checkpoint, layouts)
 
     def fill(store: HostStore) -> None:
         restore_weights(checkpoint, store)

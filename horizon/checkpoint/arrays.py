@@ -39,16 +39,17 @@ class _Job(NamedTuple):
 
 
 class ArrayWriter:
-    """Writes chunks of arrays into a checkpoint's folder, behind whoever asks for it, on a thread of its own."""
+    """Writes chunks of arrays into a checkpoint's folder, behind whoever asks for it, on threads of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stores: dict[ArraySpec, Any] = {}
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: the end
-        self._in_flight = threading.Semaphore(CHUNKS_IN_FLIGHT)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: the end, for one thread
         self._error: CheckpointError | None = None
-        self._thread = threading.Thread(target=self._work, name="horizon-checkpoint-write", daemon=True)
-        self._thread.start()
+        names = (f"horizon-checkpoint-write-{number}" for number in range(CHUNKS_IN_FLIGHT))
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def create(self, spec: ArraySpec) -> None:
         """Have the array on disk even if it has no chunk."""
@@ -57,7 +58,7 @@ class ArrayWriter:
     def write(self, spec: ArraySpec, chunk: Chunk, values: Tensor, done: Callable[[], None]) -> None:
         """Ask for a chunk to be written; `values`, in its shape, must not change until `done` is called.
 
-        May be called from any thread, and calls `done` from any.
+        May be called from any thread, and calls `done` from others.
 
         Raises:
             CheckpointError: an earlier chunk could not be written; `done` will not be called.
@@ -65,50 +66,44 @@ class ArrayWriter:
         self._raise_if_failed()
         self._jobs.put(_Job(spec, chunk, values, done))
 
+    def give_up(self, error: CheckpointError) -> None:
+        """Write nothing more of what was asked for, and fail with `error`."""
+        self._error = self._error or error
+
     def finish(self) -> None:
         """Return when everything is on disk; nothing may be asked for any more. Idempotent.
 
         Raises:
             CheckpointError: something is not.
         """
-        self._jobs.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
         self._raise_if_failed()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._in_flight.acquire()
             try:
-                if self._error is not None:
-                    self._end(job, None)
-                    continue
-                store = self._store(job.spec)
-                if job.chunk is None or job.values is None:
-                    self._end(job, None)
-                    continue
-                values = as_array(job.values)
-                written = store[job.chunk.index].write(values, can_reference_source_data_indefinitely=True).commit
-                written.add_done_callback(lambda future, job=job: self._end(job, future.exception()))
+                if self._error is None:
+                    self._do(job)
             except Exception as error:  # TensorStore's are of several kinds
-                self._end(job, error)
-        for _ in range(CHUNKS_IN_FLIGHT):  # those under way
-            self._in_flight.acquire()
+                place = self._folder / job.spec.folder / ("" if job.chunk is None else job.chunk.file)
+                failure = CheckpointError(
+                    f"the checkpoint could not be written, {place}: {one_line(error)}; training can go on, and "
+                    "earlier checkpoints are as they were"
+                )
+                failure.__cause__ = error
+                self.give_up(failure)
+            job.done()
 
-    def _end(self, job: _Job, error: BaseException | None) -> None:
-        if error is not None and self._error is None:
-            place = self._folder / job.spec.folder / ("" if job.chunk is None else job.chunk.file)
-            self._error = CheckpointError(
-                f"the checkpoint could not be written, {place}: {one_line(error)}; training can go on, and earlier "
-                "checkpoints are as they were"
-            )
-            self._error.__cause__ = error
-        job.done()
-        self._in_flight.release()
-
-    def _store(self, spec: ArraySpec) -> Any:
-        if spec not in self._stores:
-            self._stores[spec] = open_array(self._folder, spec, create=True)
-        return self._stores[spec]
+    def _do(self, job: _Job) -> None:
+        store = self._stores.get(job.spec)
+        if store is None:  # another thread may be opening it, too, which does no harm
+            store = self._stores[job.spec] = open_array(self._folder, job.spec, create=True)
+        if job.chunk is not None and job.values is not None:
+            values = as_array(job.values)
+            store[job.chunk.index].write(values, can_reference_source_data_indefinitely=True).result()
 
     def _raise_if_failed(self) -> None:
         if self._error is not None:
@@ -128,7 +123,7 @@ def open_array(folder: Path, spec: ArraySpec, create: bool = False) -> Any:
             "fill_missing_data_reads": False,
         },
         context=_context(),
-        open=not create,
+        open=True,
         create=create,
     ).result()
 

@@ -58,14 +58,15 @@ class PartialFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        if not _lock(self._descriptor):
+            os.close(self._descriptor)
+            raise CheckpointError(f"another process is writing {self.target}; stop it, or choose another folder")
         try:
-            if not _lock(self._descriptor):
-                raise CheckpointError(f"another process is writing {self.target}; stop it, or choose another folder")
             for entry in self.path.iterdir():  # of a run that was killed
                 remove_tree(entry) if entry.is_dir() else entry.unlink()
             check_room(self.path, num_bytes)
         except BaseException:
-            os.close(self._descriptor)
+            self.discard()
             raise
 
     def commit(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ class Save:
         step: optimizer steps that its weights have seen.
     """
 
-    def __init__(self, partial: PartialFolder, step: int, snapshot: Snapshot, work: Callable[[], None]) -> None:
+    def __init__(
+        self, partial: PartialFolder, step: int, snapshot: Snapshot, writer: ArrayWriter, work: Callable[[], None]
+    ) -> None:
         self.folder, self.step, self.snapshot = partial.target, step, snapshot
-        self._partial, self._work = partial, work
+        self._partial, self._writer, self._work = partial, writer, work
         self._row: CheckpointRow | None = None
         self._error: BaseException | None = None
         self._ended = threading.Event()
@@ -81,6 +84,12 @@ class Save:
         self.snapshot.stall_s = time.perf_counter() - began
         self._thread.start()
 
+    def abandon(self) -> None:
+        """Give it up; nothing is left of it."""
+        error = CheckpointError(f"the save of {self.folder} was given up")
+        self.snapshot.give_up(error)
+        self._writer.give_up(error)
+
     def end(self) -> None:
         """Return when its thread has."""
         self._thread.join()
@@ -100,10 +109,12 @@ class Save:
                 time=time.time(),
             )
         except BaseException as error:  # it is raised where the save is waited for, or at the engine's next call
-            self.snapshot.give_up(error)
-            self.snapshot.settle()
-            self._partial.discard()
             self._error = _as_checkpoint_error(error, self.folder)
+            self.abandon()
+            self.snapshot.settle()
+            with suppress(CheckpointError):  # nothing is being written when the folder is removed
+                self._writer.finish()
+            self._partial.discard()
         finally:
             self._ended.set()
 
@@ -193,13 +204,11 @@ class Saves:
             raise
 
         def work() -> None:
-            try:
-                self._write_buffers(writer)
-                snapshot.copy_all()
-                for spec in manifest.arrays:
-                    writer.create(spec)  # those without a chunk
-            finally:
-                writer.finish()  # nothing is being written when the folder is removed
+            self._write_buffers(writer)
+            snapshot.copy_all()
+            for spec in manifest.arrays:
+                writer.create(spec)  # those without a chunk
+            writer.finish()
             if tokenizer is not None:
                 (partial.path / TOKENIZER).mkdir()
                 tokenizer.save_pretrained(str(partial.path / TOKENIZER))
@@ -207,7 +216,7 @@ class Saves:
             write_flushed(partial.path / MANIFEST, manifest.to_json())
             partial.commit()
 
-        save = Save(partial, manifest.step, snapshot, work)
+        save = Save(partial, manifest.step, snapshot, writer, work)
         self._save, self._reported = save, False
         save.start(manifest.num_bytes, began)
         return save
@@ -247,7 +256,7 @@ class Saves:
     def abandon(self) -> None:
         """Give the save under way up; nothing is left of it."""
         if self._save is not None:
-            self._save.snapshot.give_up(CheckpointError(f"the save of {self._save.folder} was given up"))
+            self._save.abandon()
 
     def close(self) -> None:
         """End when the save under way is on disk, and give all memory back. Idempotent."""
