@@ -16,7 +16,7 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import (
     check_same,
     check_weights,
-    config_facts,
+    model_facts,
     optimizer_facts,
     restore_moments,
     restore_weights,
@@ -36,12 +36,9 @@ def begin_save(
     runtime: Runtime, folder: str | Path, passes: int, seed: int, run: dict[str, Any], tokenizer: Tokenizer | None
 ) -> Save:
     """Begin to save what the runtime holds; see `horizon.checkpoint.saves`."""
-    skeleton = runtime.model.skeleton
     manifest = Manifest(
         horizon=__version__,
         time=time.time(),
-        model=config_facts(skeleton.config),
-        model_class=type(skeleton).__name__,
         step=runtime.version,
         passes=passes,
         seed=seed,
@@ -49,6 +46,7 @@ def begin_save(
         optimizer=optimizer_facts(runtime.optimizer),
         frozen=[p.name for layout in runtime.model.layouts for p in layout.params if not p.spec.trainable],
         run=run,
+        **model_facts(runtime.model.skeleton),
     )
     return runtime.begin_save(Path(folder), manifest, tokenizer)
 

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
+COMMANDS = "train", "check", "export", "import", "checkpoint"
+
 USAGE = """\
 usage: horizon COMMAND [argument ...]
 
 Train causal language models that host memory owns and the device only borrows.
 
 commands:
-  train   train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
-  check   compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
+  train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  check        compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
+  export       a Hugging Face folder from a checkpoint: horizon export CHECKPOINT FOLDER [dtype=bf16]
+  import       a checkpoint from a Hugging Face folder: horizon import MODEL_FOLDER CHECKPOINT
+  checkpoint   look after checkpoints: horizon checkpoint ls|verify|diff|prune FOLDER ...
 
 flags:
   -h, --help     print this and exit
@@ -59,9 +64,11 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(rest)
         case ["check", *rest]:
             return _check(rest)
+        case ["export" | "import" | "checkpoint" as command, *rest]:
+            return _look_after_checkpoints(command, rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
-    raise ConfigError(f"{arguments[0]!r} is no command; expected train or check (horizon --help)")
+    raise ConfigError(f"{arguments[0]!r} is no command; expected {', '.join(COMMANDS)} (horizon --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -98,6 +105,20 @@ def _check(arguments: list[str]) -> int:
     return 0
 
 
+def _look_after_checkpoints(command: str, arguments: list[str]) -> int:
+    from horizon import commands
+
+    run, usage = {
+        "export": (commands.export_command, commands.EXPORT),
+        "import": (commands.import_command, commands.IMPORT),
+        "checkpoint": (commands.checkpoint_command, commands.CHECKPOINT),
+    }[command]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"usage: {usage}")
+        return 0
+    return run(arguments)
+
+
 def _complete(arguments: list[str]) -> int:
     """Answer the shell function that `horizon train -sc install=SHELL` installs.
 
@@ -109,7 +130,7 @@ def _complete(arguments: list[str]) -> int:
     command, space, rest = typed.lstrip().partition(" ")
     if any(argument.startswith("query=") for argument in arguments):
         if not space:
-            print(" ".join(name for name in ("train", "check") if name.startswith(command)))
+            print(" ".join(name for name in COMMANDS if name.startswith(command)))
             return 0
         os.environ["COMP_LINE"] = f"{program} {rest}"
     run_with_hydra(lambda config, output_dir: None, ["-sc", *arguments], _print_error)

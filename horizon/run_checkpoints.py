@@ -132,7 +132,7 @@ class RunCheckpoints:
             start = Start(existing[-1][1]) if existing else Start()
             print(f"resume=auto: {start.folder or f'no checkpoint in {self.folder}, starting anew'}", flush=True)
         else:
-            start = Start(find_checkpoint(Path(self._resume)))
+            start = Start(find_checkpoint(Path(self._resume), "resume="))
         if start.folder is not None and not self._weights_only:
             start = Start(start.folder, read_manifest(start.folder).run)
             if "step" not in start.run:
@@ -235,8 +235,8 @@ class RunCheckpoints:
             log.warning("old checkpoints could not be removed: %s", error)
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the last one of a run's folder.
+def find_checkpoint(folder: Path, key: str = "") -> Path:
+    """The checkpoint that a folder is, or the last one of a run's folder; `key` names the setting in the error.
 
     Raises:
         CheckpointError: there is none.
@@ -246,5 +246,5 @@ def find_checkpoint(folder: Path) -> Path:
         return folder
     found = list_checkpoints(folder / FOLDER) or list_checkpoints(folder)
     if not found:
-        raise CheckpointError(f"resume={folder}: no checkpoint there; expected the folder of one, or of a run")
+        raise CheckpointError(f"{key}{folder}: no checkpoint there; expected the folder of one, or of a run")
     return found[-1][1]

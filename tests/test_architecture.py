@@ -28,7 +28,7 @@ FLOW = (
     ("opening",),
     ("engine", "interrupts"),
     ("run_checkpoints", "sampling"),
-    ("trainer",),
+    ("trainer", "commands"),
     ("cli",),
     ("__main__",),
 )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ class Manifest:
     time: float  # when the states were those of the checkpoint, seconds since 1970
     model: dict[str, Any]  # the transformers config
     model_class: str
+    generation: dict[str, Any] | None = None  # the transformers generation config
     step: int = 0  # optimizer steps that the weights have seen
     passes: int = 0  # backward passes so far, each with dropout masks of its own
     seed: int = 0
@@ -109,8 +109,3 @@ def _array(entry: dict[str, Any]) -> ArraySpec:
     if spec.num_bytes != entry["bytes"]:
         raise ValueError(f"array {spec.name} {spec.kind} of {entry['bytes']} bytes")
     return spec
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None where JSON has no word for it."""
-    return value if value is not None and math.isfinite(value) else None

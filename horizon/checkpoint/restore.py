@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from horizon.checkpoint.arrays import Array
 from horizon.checkpoint.format import MASTER_KIND
-from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.reader import Checkpoint
 from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
@@ -43,10 +42,20 @@ def optimizer_facts(optimizer: AdamW) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+def config_facts(config: Any) -> dict[str, Any]:
     """A transformers config as plain JSON values."""
     facts: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return facts
+
+
+def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
+    """What a manifest says of a model."""
+    generation = getattr(skeleton, "generation_config", None)
+    return {
+        "model": config_facts(skeleton.config),
+        "model_class": type(skeleton).__name__,
+        "generation": None if generation is None else config_facts(generation),
+    }
 
 
 def check_weights(checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...]) -> None:
@@ -180,11 +189,6 @@ def _store(states: dict[str, Tensor], first: int, both: tuple[Array, Array], mom
             )
         else:
             target.copy_(torch.from_numpy(values))
-
-
-def parameters_of(manifest: Manifest) -> int:
-    """Numbers in all masters."""
-    return sum(int(np.prod(spec.shape)) for spec in manifest.arrays if spec.kind == MASTER_KIND)
 
 
 def _some(names: list[str]) -> str:

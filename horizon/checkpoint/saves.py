@@ -209,12 +209,7 @@ class Saves:
             for spec in manifest.arrays:
                 writer.create(spec)  # those without a chunk
             writer.finish()
-            if tokenizer is not None:
-                (partial.path / TOKENIZER).mkdir()
-                tokenizer.save_pretrained(str(partial.path / TOKENIZER))
-                flush_files(partial.path / TOKENIZER)
-            write_flushed(partial.path / MANIFEST, manifest.to_json())
-            partial.commit()
+            commit(partial, manifest, tokenizer)
 
         save = Save(partial, manifest.step, snapshot, writer, work)
         self._save, self._reported = save, False
@@ -269,6 +264,16 @@ class Saves:
             self._staging.close()
             self._staging = None
         self._reader.close()
+
+
+def commit(partial: PartialFolder, manifest: Manifest, tokenizer: Tokenizer | None) -> None:
+    """The arrays are on disk: add what is small, the manifest last, and give the folder its name."""
+    if tokenizer is not None:
+        (partial.path / TOKENIZER).mkdir()
+        tokenizer.save_pretrained(str(partial.path / TOKENIZER))
+        flush_files(partial.path / TOKENIZER)
+    write_flushed(partial.path / MANIFEST, manifest.to_json())
+    partial.commit()
 
 
 def saved_buffers(skeleton: nn.Module) -> dict[str, Tensor]:
