@@ -21,11 +21,12 @@ from horizon.checkpoint.folder import PartialFolder, flush_files, write_flushed
 from horizon.checkpoint.format import BUFFER_KIND, DTYPE_NAMES, MANIFEST, ArraySpec, list_arrays
 from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.manifest import Manifest
-from horizon.checkpoint.snapshot import BOUNCE_BYTES, Snapshot, StateReader
+from horizon.checkpoint.snapshot import Snapshot, StateReader
 from horizon.checkpoint.staging import Staging
 from horizon.config.schema import Moments
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.models.hf_config import one_line
+from horizon.optim.threads import available_cores
 from horizon.records import CheckpointRow
 from horizon.store.host import HostStore
 from horizon.stream.streams import Streams
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # the folder of its files in a checkpoint
 LEAST_CHUNKS = 2  # that staging holds: one is filled while another is written
+# That set states aside: one moves 5 to 10 GB/s, and a step should not end before the model is set aside.
+COPY_THREADS = max(1, min(4, available_cores() // 4))
 STAGING_KEY = "checkpoint.staging"
 
 
@@ -132,7 +135,7 @@ class Saves:
 
     def __init__(self, store: HostStore, streams: Streams, moments: Moments, skeleton: nn.Module) -> None:
         self._store, self._buffers = store, saved_buffers(skeleton)
-        self._reader = StateReader(store, streams)
+        self._reader = StateReader(store, streams, COPY_THREADS)
         self._arrays = list_arrays(store.layouts, moments)
         self._buffer_specs = [
             ArraySpec(name, BUFFER_KIND, tuple(value.shape), DTYPE_NAMES[value.dtype])
@@ -167,8 +170,7 @@ class Saves:
             self._staging_bytes = min(parse_bytes(staging, STAGING_KEY), chunks)
             if self._staging_bytes < least:
                 raise ConfigError(f"{STAGING_KEY}={staging} must be at least {format_bytes(least)} for this model")
-        pinned = BOUNCE_BYTES if self._reader.pins else 0
-        return self._staging_bytes + writing_bytes(chunks) + pinned
+        return self._staging_bytes + writing_bytes(chunks) + self._reader.pinned_bytes
 
     @property
     def planned(self) -> bool:
@@ -205,7 +207,7 @@ class Saves:
 
         def work() -> None:
             self._write_buffers(writer)
-            snapshot.copy_all()
+            snapshot.copy_all(COPY_THREADS)
             for spec in manifest.arrays:
                 writer.create(spec)  # those without a chunk
             writer.finish()

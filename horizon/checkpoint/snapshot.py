@@ -1,6 +1,6 @@
 """A snapshot: the states of all blocks as they are after one step, read while training goes on.
 
-A thread of its own sets the states aside, chunk by chunk, in the order in which the optimizer will overwrite them; from
+Threads of its own set the states aside, chunk by chunk, in the order in which the optimizer will overwrite them; from
 there they go to the disk. An update of the next step that comes to a block first sets aside what is left of that block
 itself, and only then begins. So a block is copied once, nobody waits for the disk as long as there is staging, and what
 is read is always of the snapshot's version.
@@ -10,6 +10,7 @@ Invariant: no block is overwritten before all of it was set aside, or the snapsh
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -31,7 +32,7 @@ from horizon.store.split import HOST_PIECE
 from horizon.stream.streams import Streams
 from horizon.units import MIB
 
-BOUNCE_BYTES = 16 * MIB  # of pinned memory that states of blocks in HBM come through
+BOUNCE_BYTES = 16 * MIB  # of pinned memory, for each thread, that states of blocks in HBM come through
 
 
 class Write(Protocol):
@@ -78,15 +79,25 @@ class Snapshot:
         self._urgent: int | None = None  # a block that an update waits for
         self._error: BaseException | None = None
 
-    def copy_all(self) -> None:
+    def copy_all(self, num_threads: int = 1) -> None:
         """Set aside whatever no update asks for first; returns when nothing is left.
 
         Raises:
             CheckpointError: the snapshot was given up.
             HorizonError: the updates that lead to this version have failed.
         """
-        while (piece := self._take()) is not None:
-            self._set_aside(piece)
+
+        def copy() -> None:
+            while (piece := self._take()) is not None:
+                self._set_aside(piece)
+
+        names = [f"horizon-checkpoint-copy-{number}" for number in range(1, num_threads)]
+        helpers = [threading.Thread(target=copy, name=name, daemon=True) for name in names]
+        for helper in helpers:
+            helper.start()
+        copy()
+        for helper in helpers:
+            helper.join()
         self.settle()
         if self._error is not None:
             raise self._error
@@ -168,24 +179,31 @@ class StateReader:
     """Copies numbers of blocks' flat states to host memory, wherever they lie, without taking device memory.
 
     From a device they come on a stream of their own, some at a time through a little pinned memory.
+
+    Args:
+        num_threads: that may copy from a device at the same time; others wait for their turn.
     """
 
-    def __init__(self, store: HostStore, streams: Streams) -> None:
-        self._store, self._streams = store, streams
+    def __init__(self, store: HostStore, streams: Streams, num_threads: int = 1) -> None:
+        self._store, self._streams, self._num_threads = store, streams, num_threads
         self._stream = torch.cuda.Stream(streams.device) if streams.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._bounce: Arena | None = None
-        self._bouncing = threading.Lock()
+        self._free: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()  # for two halves each
 
     @property
-    def pins(self) -> bool:
-        """Whether it may take pinned memory: `BOUNCE_BYTES`."""
-        return self._stream is not None
+    def pinned_bytes(self) -> int:
+        """Host memory that it may take."""
+        return 0 if self._stream is None else self._num_threads * BOUNCE_BYTES
 
     def begin(self) -> None:
         """What is read from now on comes after all that the device was told to do so far."""
         if self._stream is not None:
             for stream in (self._streams.compute, self._streams.update):
                 self._stream.wait_event(stream.record_event())
+            if self._bounce is None and self._store.in_hbm:
+                self._bounce = Arena([BOUNCE_BYTES // 2] * (2 * self._num_threads), "checkpoint copies", pin=True)
+                for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
+                    self._free.put(pair)
 
     def read(self, array: StateArray, chunk: Chunk, out: Tensor) -> None:
         """Fill `out`, flat, with a chunk's numbers: of a state, or masters joined from both halves."""
@@ -195,21 +213,25 @@ class StateReader:
         if sources[0].device.type == "cpu":
             _combine(sources, out)
             return
-        with self._bouncing:
-            size = BOUNCE_BYTES // 2 // max(source.itemsize for source in sources)
+        size = BOUNCE_BYTES // 2 // max(source.itemsize for source in sources)
+        pair = self._free.get()
+        try:
             for first in range(0, out.numel(), size):
-                _combine(self._fetch([s[first : first + size] for s in sources]), out[first : first + size])
+                parts = [source[first : first + size] for source in sources]
+                _combine(self._fetch(parts, pair), out[first : first + size])
+        finally:
+            self._free.put(pair)
 
-    def _fetch(self, sources: list[Tensor]) -> list[Tensor]:
-        """The numbers in pinned memory, until the next call."""
+    def _fetch(self, sources: list[Tensor], pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The numbers in pinned memory."""
         assert self._stream is not None
-        if self._bounce is None:
-            self._bounce = Arena([BOUNCE_BYTES // 2] * 2, "checkpoint copies", pin=True)
-        fetched = []
         with self._streams.running(self._stream):
-            for source, region in zip(sources, self._bounce.regions, strict=False):
-                fetched.append(region[: source.nbytes].view(source.dtype).copy_(source, non_blocking=True))
-        self._stream.synchronize()  # the CPU reads them next
+            fetched = [
+                region[: source.nbytes].view(source.dtype).copy_(source, non_blocking=True)
+                for source, region in zip(sources, pair, strict=False)
+            ]
+            copied = self._stream.record_event()
+        copied.synchronize()  # the CPU reads them next
         return fetched
 
     def close(self) -> None:

@@ -161,7 +161,7 @@ def test_many_updates_in_any_order_beside_the_copying_never_tear_a_block(store, 
             taken.before_update(block)
             fill(store, 7.0, [block])
 
-        copying = run(taken.copy_all)
+        copying = run(lambda taken=taken: taken.copy_all(3))
         updates = [run(lambda block=block: update(block)) for block in order]
         assert all(ended(thread) for thread in [copying, *updates])
         assert len(disk.written) == NUM_BLOCKS * 2 * 3
