@@ -2,8 +2,8 @@
 
     python examples/resume.py runs/first        run it, stop it with Ctrl-C, run it again
 
-`save_checkpoint` returns at once, and the checkpoint appears when all of it is on disk. `run` keeps what the engine does
-not know of: here, where the loop is in its data.
+`save_checkpoint` returns at once, and the checkpoint appears when all of it is on disk. `run` keeps what the engine
+does not know of: here, where the loop is in its data.
 """
 
 import sys

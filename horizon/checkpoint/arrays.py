@@ -1,11 +1,13 @@
 """Arrays on disk, chunk by chunk, through TensorStore: zarr3, little-endian, a crc32c behind every chunk.
 
-Chunks are written past the page cache, which the machine needs for other things, and are on disk when `finish` returns.
+Chunks are written past the page cache where the file system allows it, for the machine needs its memory for other
+things, and are on disk when `finish` returns.
 A chunk that is missing is an error when it is read, not zeros. TensorStore is imported with the first array.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from horizon.checkpoint.format import CHUNK_BYTES, ArraySpec, Chunk
+from horizon.checkpoint.format import CHUNK_BYTES, MANIFEST, ArraySpec, Chunk
 from horizon.errors import CheckpointError
 from horizon.models.hf_config import one_line
 from horizon.units import MIB
@@ -122,23 +124,38 @@ def open_array(folder: Path, spec: ArraySpec, create: bool = False) -> Any:
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
         },
-        context=_context(),
+        context=_context(_can_be_direct(folder)),
         open=True,
         create=create,
     ).result()
 
 
 @cache
-def _context() -> Any:
+def _context(direct: bool) -> Any:
     import tensorstore
 
     return tensorstore.Context(
         {
             "file_io_concurrency": {"limit": _IO_THREADS},
             "data_copy_concurrency": {"limit": _COPY_THREADS},
-            "file_io_mode": {"mode": "direct"},
+            "file_io_mode": {"mode": "direct" if direct else "default"},
         }
     )
+
+
+@cache
+def _can_be_direct(folder: Path) -> bool:
+    """Whether files in a checkpoint's folder can be read and written past the page cache: not on every file system."""
+    probe = folder / MANIFEST
+    is_new = not probe.exists()
+    try:
+        os.close(os.open(probe, os.O_DIRECT | (os.O_CREAT | os.O_WRONLY if is_new else os.O_RDONLY)))
+    except OSError:
+        return False
+    finally:
+        if is_new:
+            probe.unlink(missing_ok=True)
+    return True
 
 
 def read_chunks(folder: Path, spec: ArraySpec) -> Iterator[tuple[Chunk, Tensor]]:
@@ -199,5 +216,5 @@ def as_tensor(array: Array) -> Tensor:
 
 def writing_bytes(num_bytes: int) -> int:
     """Host memory that TensorStore takes while a checkpoint of `num_bytes` is written, its code included."""
-    _context()
+    _context(True)
     return LIBRARY_BYTES + min(CHUNKS_IN_FLIGHT * CHUNK_BYTES, num_bytes)

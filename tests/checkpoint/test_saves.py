@@ -1,5 +1,6 @@
 """Checkpoints of an engine: what is on disk, what a damaged one says, and what a save that fails leaves behind."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from horizon.checkpoint.folder import FolderLock, list_checkpoints, remove_left_
 from horizon.checkpoint.format import ArraySpec
 from horizon.checkpoint.manifest import checksum, read_manifest
 from horizon.checkpoint.reader import Checkpoint
+from horizon.checkpoint.snapshot import StateReader
 from horizon.errors import BudgetError, CheckpointError, ConfigError, HorizonError
 from tests.checkpoint.engines import LLAMA, build, equal, load, make_batch, states, train
 
@@ -149,6 +151,37 @@ def test_buffers_of_the_state_dict_come_along(tmp_path, tiny_model):
     state = model.state_dict()
     for name in buffers:
         assert torch.equal(found[name].cpu(), state[name])
+
+
+def test_blocks_that_are_to_move_wait_until_they_were_read(tmp_path, monkeypatch):
+    """`forward_backward` has the buffers rearranged, and with them the blocks between tiers."""
+    read = StateReader.read
+    monkeypatch.setattr(StateReader, "read", lambda *arguments: (time.sleep(0.002), read(*arguments)))
+    with build(memory=horizon.MemoryConfig(hbm_blocks=3)) as engine:
+        train(engine, 1, 2)
+        masters = dict(engine.named_master_parameters())
+        save = engine.save_checkpoint(tmp_path / "saved")
+        engine._runtime.rearrange(dataclasses.replace(engine._runtime.needs, in_hbm=frozenset({1})))
+        for block in range(5):
+            engine._runtime.store.weights[block].fill_(7)  # what the freed memory may be used for
+        save.wait()
+    checkpoint = Checkpoint(tmp_path / "saved")
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in masters.items())
+
+
+def test_a_file_system_without_direct_writes_will_do(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *arguments, **keywords):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with build() as engine:
+        engine.save_checkpoint(tmp_path / "saved").wait()
+    Checkpoint(tmp_path / "saved").verify()
+    assert not arrays._can_be_direct(tmp_path / "saved")
 
 
 # ---- damage
