@@ -48,6 +48,7 @@ class ArrayWriter:
         self._stores: dict[ArraySpec, Any] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: the end, for one thread
         self._error: CheckpointError | None = None
+        _can_be_direct(folder)  # found out once, before several threads ask
         names = (f"horizon-checkpoint-write-{number}" for number in range(CHUNKS_IN_FLIGHT))
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         for thread in self._threads:
