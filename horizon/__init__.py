@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from horizon.engine import Engine
     from horizon.optim.adamw import AdamW
     from horizon.trainer import Trainer
+    from horizon.zo.settings import ZerothOrder
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Engine", "MemoryConfig", "Trainer", "__version__", "errors"]
+__all__ = ["AdamW", "Engine", "MemoryConfig", "Trainer", "ZerothOrder", "__version__", "errors"]
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
     "Engine": "horizon.engine",
     "MemoryConfig": "horizon.config.schema",
     "Trainer": "horizon.trainer",
+    "ZerothOrder": "horizon.zo.settings",
 }
 
 

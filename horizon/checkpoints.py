@@ -23,19 +23,33 @@ from horizon.checkpoint.restore import (
 )
 from horizon.checkpoint.saves import Save
 from horizon.config.schema import Moments
-from horizon.errors import ConfigError
+from horizon.errors import ConfigError, HorizonError
 from horizon.models.skeleton import Unloaded
 from horizon.optim.adamw import AdamW
 from horizon.runtime import Runtime
 from horizon.store.host import HostStore
+from horizon.zo.runtime import ZerothOrderRuntime
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def of_adamw(runtime: Runtime | ZerothOrderRuntime, what: str) -> Runtime:
+    """The runtime, or a HorizonError where it is of zeroth order: such a run is kept as its log."""
+    if isinstance(runtime, ZerothOrderRuntime):
+        raise HorizonError(f"{what}: a zeroth-order run is kept as its log, of kilobytes; use log_steps and replay")
+    return runtime
+
+
 def begin_save(
-    runtime: Runtime, folder: str | Path, passes: int, seed: int, run: dict[str, Any], tokenizer: Tokenizer | None
+    runtime: Runtime | ZerothOrderRuntime,
+    folder: str | Path,
+    passes: int,
+    seed: int,
+    run: dict[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> Save:
     """Begin to save what the runtime holds; see `horizon.checkpoint.saves`."""
+    runtime = of_adamw(runtime, "save_checkpoint")
     manifest = Manifest(
         horizon=__version__,
         time=time.time(),
@@ -77,7 +91,7 @@ def load(build: Callable[..., E], folder: str | Path, model: Any, weights_only: 
     return engine
 
 
-def restore(runtime: Runtime, folder: str | Path, weights_only: bool) -> Manifest:
+def restore(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, weights_only: bool) -> Manifest:
     """Exchange the runtime's states for those of a checkpoint.
 
     Returns:
@@ -86,6 +100,7 @@ def restore(runtime: Runtime, folder: str | Path, weights_only: bool) -> Manifes
     Raises:
         CheckpointError: it is damaged, or (before anything is exchanged) of another model or optimizer.
     """
+    runtime = of_adamw(runtime, "restore")
     checkpoint, layouts = Checkpoint(folder), runtime.store.layouts
     manifest, skeleton = checkpoint.manifest, runtime.model.skeleton
     whole = manifest.optimizer is not None and not weights_only
@@ -117,7 +132,7 @@ def saved_optimizer(manifest: Manifest) -> AdamW:
     return AdamW(betas=betas, eps=saved["eps"], weight_decay=saved["weight_decay"], moments=saved["moments"])
 
 
-def export(runtime: Runtime, folder: str | Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+def export(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, dtype: str, tokenizer: Tokenizer | None) -> None:
     """Write a Hugging Face folder from the masters, tensor by tensor."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")

@@ -14,9 +14,8 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
+COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
-
-COMMANDS = "train", "check", "export", "import", "checkpoint"
 
 USAGE = """\
 usage: horizon COMMAND [argument ...]
@@ -25,6 +24,9 @@ Train causal language models that host memory owns and the device only borrows.
 
 commands:
   train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  plan         what a run would use, and how fast: horizon plan [machine=FILE] [key=value ...]; allocates nothing
+  doctor       look at this machine: horizon doctor; with --measure, measure it for the plan
+  replay       rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
   check        compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
   export       a Hugging Face folder from a checkpoint: horizon export CHECKPOINT FOLDER [dtype=bf16]
   import       a checkpoint from a Hugging Face folder: horizon import MODEL_FOLDER CHECKPOINT
@@ -33,6 +35,20 @@ commands:
 flags:
   -h, --help     print this and exit
   --version      print the version and exit
+"""
+
+REPLAY_KEYS = {"base", "log", "out", "device", "dtype", "trust_remote_code"}
+REPLAY_USAGE = """\
+usage: horizon replay base=FOLDER_OR_HUB_ID log=FILE out=FOLDER [key=value ...]
+
+Rebuild the weights of an optim=mezo run, bit for bit, from those that it began with and its replay.jsonl.
+
+  base                the model that the run began with
+  log                 the run's replay.jsonl
+  out                 folder for the rebuilt model
+  device              auto (default) | cpu | cuda | cuda:1
+  dtype               of the tensors written: float32 (default) | bfloat16 | float16
+  trust_remote_code   true: run Python code that comes with the model
 """
 
 
@@ -62,10 +78,20 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         case ["train", *rest]:
             return _train(rest)
+        case ["plan", *rest]:
+            from horizon.commands import plan
+
+            return plan.run(rest)
+        case ["doctor", *rest]:
+            from horizon.commands import doctor
+
+            return doctor.run(rest)
         case ["check", *rest]:
             return _check(rest)
         case ["export" | "import" | "checkpoint" as command, *rest]:
             return _look_after_checkpoints(command, rest)
+        case ["replay", *rest]:
+            return _replay(rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
     raise ConfigError(f"{arguments[0]!r} is no command; expected {', '.join(COMMANDS)} (horizon --help)")
@@ -106,17 +132,31 @@ def _check(arguments: list[str]) -> int:
 
 
 def _look_after_checkpoints(command: str, arguments: list[str]) -> int:
-    from horizon import commands
+    from horizon.commands import checkpoint
 
     run, usage = {
-        "export": (commands.export_command, commands.EXPORT),
-        "import": (commands.import_command, commands.IMPORT),
-        "checkpoint": (commands.checkpoint_command, commands.CHECKPOINT),
+        "export": (checkpoint.export_command, checkpoint.EXPORT),
+        "import": (checkpoint.import_command, checkpoint.IMPORT),
+        "checkpoint": (checkpoint.checkpoint_command, checkpoint.CHECKPOINT),
     }[command]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"usage: {usage}")
         return 0
     return run(arguments)
+
+
+def _replay(arguments: list[str]) -> int:
+    """Steps of a log onto the weights that its run began with; nothing of Hydra's is needed."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(REPLAY_USAGE, end="")
+        return 0
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if len(given) < len(arguments) or not given.keys() <= REPLAY_KEYS or not {"base", "log", "out"} <= given.keys():
+        raise ConfigError(f"replay {' '.join(arguments)}: expected base=FOLDER log=FILE out=FOLDER [key=value ...]")
+    from horizon.replaying import replay
+
+    print(replay(**given))
+    return 0
 
 
 def _complete(arguments: list[str]) -> int:

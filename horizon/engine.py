@@ -6,7 +6,6 @@ schedules or reports.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,25 +18,24 @@ import torch
 from torch import Tensor
 
 from horizon import checkpoints
-from horizon.accumulation import Waiting
+from horizon.building import Parts, build_parts
 from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.saves import Save
 from horizon.config.schema import MemoryConfig
-from horizon.diagnosis import report_dropped
+from horizon.diagnosis import report_dropped, said_beside
 from horizon.errors import BatchError, ConfigError, HorizonError
 from horizon.inference import last_logits, mean_loss
-from horizon.opening import open_runtime
 from horizon.optim.adamw import AdamW
-from horizon.optim.steps import StepOutcome
+from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
 from horizon.report.recording import Recording
-from horizon.runtime import Runtime
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
+from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
+from horizon.zo.settings import ZerothOrder
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -52,12 +50,11 @@ class Engine:
         plan: predicted bytes per tier.
     """
 
-    def __init__(self, runtime: Runtime, seed: int):
-        self._runtime = runtime
-        self.lr = runtime.optimizer.lr
-        self._seed = seed
+    def __init__(self, parts: Parts, seed: int):
+        self._runtime, self.lr = parts.runtime, parts.lr
+        self._clipping, self._seed, self._on_nonfinite = parts.clipping, seed, parts.on_nonfinite
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
-        self._waiting = Waiting()
+        self._waiting = WaitingGradients()
         self._has_gradients = False
         self._closed = False
 
@@ -66,7 +63,7 @@ class Engine:
         cls,
         model: Any,
         *,
-        optimizer: AdamW | None = None,
+        optimizer: AdamW | ZerothOrder | None = None,
         memory: MemoryConfig | None = None,
         max_grad_norm: float | None = 1.0,
         device: str = "auto",
@@ -85,9 +82,9 @@ class Engine:
         Args:
             model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
                 live transformers model, whose weights are copied and which is left as it is.
-            optimizer: AdamW settings; default `AdamW()`.
+            optimizer: settings of AdamW or of zeroth-order steps; default `AdamW()`.
             memory: budgets and slots; default `MemoryConfig()`.
-            max_grad_norm: clip the global gradient norm to this; None: no clipping, less host memory.
+            max_grad_norm: of AdamW: clip the global gradient norm to this; None: no clipping, less host memory.
             device: "auto", "cpu", "cuda" or "cuda:1".
             compute_dtype: "auto" (bfloat16 on a GPU, float32 on CPU), "bfloat16" or "float32".
             kernels: "auto" (Liger's where installed, on a GPU), "liger" or "torch".
@@ -101,12 +98,12 @@ class Engine:
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        runtime = open_runtime(
-            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device,
+        parts = build_parts(
+            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device, clip=clip,
             compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite,
-            clip=clip, revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
+            revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
         )  # fmt: skip
-        return cls(runtime, seed)
+        return cls(parts, seed)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
@@ -134,9 +131,7 @@ class Engine:
             BatchError, NonFiniteError: the step was not applied; the engine can go on. Without clipping, a gradient
                 that is not finite under a finite loss is noticed too late for that: the engine keeps raising.
         """
-        started = time.perf_counter()
-        self._require_open()
-        self._check_lr()
+        started = self._begin_step()
         if self._waiting.num_tokens:
             raise BatchError("step while gradients of forward_backward wait; call optimizer_step first")
         batches, step = self._prepare(batch, loss_fn is None), self.num_steps + 1
@@ -154,14 +149,15 @@ class Engine:
 
         Raises:
             BatchError: nothing was added.
+            HorizonError: the optimizer is of zeroth order and computes no gradients.
         """
-        self._require_open()
+        runtime = require_gradients(self._runtime, "forward_backward")
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
         tokens = num_trained_tokens(batches)
 
         def accumulate(seed: int) -> Tensor:
-            self._runtime.keep_fp32_gradients()
-            return self._runtime.accumulate(batches, seed, waiting.share_beside(tokens), loss_fn)
+            runtime.keep_fp32_gradients()
+            return runtime.accumulate(batches, seed, waiting.share_beside(tokens), loss_fn)
 
         loss = float(self._run_pass(accumulate))
         self._waiting, self._has_gradients = waiting.joined(tokens, loss, batches), True
@@ -174,26 +170,20 @@ class Engine:
             HorizonError: there are none.
             NonFiniteError: they were dropped; the engine can go on.
         """
-        started = time.perf_counter()
-        self._require_open()
-        self._check_lr()
+        started, runtime = self._begin_step(), require_gradients(self._runtime, "optimizer_step")
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
-        waiting, self._waiting = self._waiting, Waiting()
-        step, outcome = self.num_steps + 1, self._runtime.apply(self.lr, waiting.loss)
+        waiting, self._waiting = self._waiting, WaitingGradients()
+        step, outcome = self.num_steps + 1, runtime.apply(self.lr, waiting.loss)
         return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """The loss without gradients: mean over trained tokens (dropout off)."""
-        self._require_open()
-        batches = self._prepare(batch, loss_fn is None)
-        return mean_loss(self._runtime, batches, loss_fn)
+        return mean_loss(self._runtime, self._prepare(batch, loss_fn is None), loss_fn)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
-        self._require_open()
-        batches = self._prepare(batch, need_labels=False)
-        return last_logits(self._runtime, batches)
+        return last_logits(self._runtime, self._prepare(batch, need_labels=False))
 
     # ---- state by name
 
@@ -210,11 +200,12 @@ class Engine:
             HorizonError: no backward yet, or gradients are not kept (`step` without clipping updates as they land).
         """
         self._require_open()
+        runtime = require_gradients(self._runtime, "named_gradients")
         if not self._has_gradients:
             raise HorizonError(
                 "no gradients are kept: run a backward first; without clipping use forward_backward instead of step"
             )
-        return self._runtime.read_gradients()
+        return runtime.read_gradients()
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> None:
         """Write a Hugging Face folder from the masters, tensor by tensor.
@@ -231,32 +222,23 @@ class Engine:
     def load_checkpoint(
         cls, folder: str | Path, *, model: Any = None, weights_only: bool = False, **settings: Any
     ) -> Engine:
-        """An engine that goes on from a checkpoint.
+        """An engine that goes on from a checkpoint or, `weights_only`, begins at step 0 with its weights.
 
-        Args:
-            model: as for `from_pretrained`, but its weights are not read; None: what the checkpoint says.
-            weights_only: begin at step 0 with these weights; the optimizer may be another one then.
-            settings: as for `from_pretrained`; `optimizer` and `seed` are by default those of the checkpoint.
+        The model, whose own weights are not read, is by default what the checkpoint says; so are optimizer and seed.
         """
         return checkpoints.load(cls.from_pretrained, folder, model, weights_only, settings)
 
     def plan_checkpoints(self, staging: str = "auto") -> None:
-        """Plan saves: `plan` then includes the host memory that they are written from. Else the first save does.
-
-        Raises:
-            BudgetError: it does not fit.
-        """
+        """Plan saves: `plan` then includes the host memory that they are written from. Else the first save does."""
         self._require_open()
-        self._runtime.plan_saves(staging)
+        checkpoints.of_adamw(self._runtime, "plan_checkpoints").plan_saves(staging)
 
     def save_checkpoint(
         self, folder: str | Path, *, run: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
     ) -> Save:
         """Begin to write a checkpoint of this moment and return at once: training may go on meanwhile.
 
-        Args:
-            folder: must not exist; appears when all of it is on disk. A save still under way is waited for first.
-            run: plain JSON values that `restore` gives back, such as a position in the data.
+        The folder appears when all of it is on disk. `run`: plain JSON values that `restore` gives back.
 
         Raises:
             CheckpointError: it cannot begin. If it fails later, `wait` and the engine's next call raise that.
@@ -274,8 +256,29 @@ class Engine:
         """
         self._require_open()
         manifest = checkpoints.restore(self._runtime, folder, weights_only)
-        self._num_passes, self._waiting, self._has_gradients = manifest.passes, Waiting(), False
+        self._num_passes, self._waiting, self._has_gradients = manifest.passes, WaitingGradients(), False
         return manifest.run
+
+    # ---- zeroth order: a run is its log
+
+    def log_steps(self, path: str | Path, model: str = "") -> None:
+        """Write the steps so far, and each one from now on, to a replay log; `model` says there what it began with.
+
+        Raises:
+            HorizonError: the optimizer is not of zeroth order.
+        """
+        self._require_open()
+        of_zeroth_order(self._runtime, "log_steps").log_steps(Path(path), model)
+
+    def replay(self, path: str | Path) -> int:
+        """Take the steps of a replay log, before any other; gives their number, after which training can go on.
+
+        Raises:
+            CheckpointError: the log cannot be read, or belongs to other weights or settings.
+            HorizonError: the optimizer is not of zeroth order, or the engine has taken steps.
+        """
+        self._require_open()
+        return of_zeroth_order(self._runtime, "replay").replay(Path(path))
 
     # ---- facts
 
@@ -320,7 +323,7 @@ class Engine:
             ConfigError: the model has no positions for rows of that length.
         """
         self._require_open()
-        return self._runtime.planner.announce(batch_size, seq_len, rows)
+        return self._runtime.plan_micro_batch(batch_size, seq_len, rows)
 
     def trace(
         self, path: str | Path | None = None, picture: str | Path | None = None
@@ -343,7 +346,7 @@ class Engine:
         """Stop the workers, when a save under way is on disk, and release all memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._waiting = Waiting()
+            self._waiting = WaitingGradients()
             self._runtime.close()
 
     def __enter__(self) -> Engine:
@@ -353,15 +356,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, Exception):
-            self._runtime.saves.abandon()  # Ctrl-C: who waits for a disk does not stop at once
-        try:
+            self._runtime.abandon_saves()  # Ctrl-C: who waits for a disk does not stop at once
+        with said_beside(error):
             self.close()
-        except Exception:
-            if error is None:
-                raise
-            logger.exception("closing the engine failed, too")  # what went wrong first is what the caller hears of
 
     def _prepare(self, batch: Batch | Sequence[Batch], need_labels: bool) -> list[MicroBatch]:
+        self._require_open()
         runtime, limit = self._runtime, self._runtime.model.max_positions
         batches = to_micro_batches(batch, runtime.device, self.vocab_size, max_positions=limit, need_labels=need_labels)
         runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
@@ -372,17 +372,18 @@ class Engine:
         try:
             found = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
         except BaseException:
-            self._has_gradients, self._waiting = False, Waiting()
+            self._has_gradients, self._waiting = False, WaitingGradients()
             raise
         self._num_passes += 1
         return found
 
     def _result(
-        self, step: int, outcome: StepOutcome, batches: list[MicroBatch], num_tokens: int, started: float
-    ) -> StepResult:
+        self, step: int, outcome: StepOutcome | ZerothOrderOutcome, batches: list[MicroBatch], num_tokens: int,
+        started: float,
+    ) -> StepResult:  # fmt: skip
         if outcome.applied is None:
             self._has_gradients = False
-            report_dropped(self._runtime, step, outcome.loss, batches)
+            report_dropped(self._runtime, step, outcome.loss, batches, self._on_nonfinite, self._clipping)
         self._has_gradients = self._runtime.keeps_gradients and outcome.applied is not None
         self._runtime.streams.timeline.end_step()
         return outcome.result(num_tokens, time.perf_counter() - started)
@@ -391,8 +392,9 @@ class Engine:
         if self._closed:
             raise HorizonError("the engine is closed")
         self._runtime.raise_if_failed()
-        self._runtime.saves.raise_if_failed()
 
-    def _check_lr(self) -> None:
+    def _begin_step(self) -> float:
+        self._require_open()
         if not 0 <= self.lr < math.inf:
             raise ConfigError(f"engine.lr={self.lr}: expected a finite number >= 0")
+        return time.perf_counter()

@@ -22,6 +22,7 @@ from horizon.checkpoint.restore import differences
 from horizon.checkpoint.saves import Save
 from horizon.checkpoint.schedule import Due, parse_interval, prune
 from horizon.config.schema import CheckpointConfig, HorizonConfig
+from horizon.data import Rows
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.interrupts import Interrupts
 from horizon.report.metrics import MetricsWriter
@@ -72,8 +73,25 @@ def check_checkpoint_settings(config: HorizonConfig) -> None:
         raise ConfigError(f"checkpoint.keep={settings.keep} must be at least 1, or null to keep all")
     if settings.keep_best and not config.train.eval_rows:
         raise ConfigError("checkpoint.keep_best=true has no loss to go by: set train.eval_rows above 0")
+    if config.optim.name == "mezo" and (settings.save_every is not None or config.resume is not None):
+        raise ConfigError(
+            "checkpoint.save_every and resume are not for optim=mezo, whose replay.jsonl rebuilds the weights of any "
+            "step (horizon replay)"
+        )
     if config.resume_weights_only and config.resume in (None, AUTO):
         raise ConfigError(f"resume_weights_only=true with resume={config.resume}: set resume to a checkpoint's folder")
+
+
+def data_facts(config: HorizonConfig, rows: Rows) -> dict[str, Any]:
+    """What is in the rows, and what their order depends on, by the settings' names."""
+    return {
+        "data (hash of all rows)": rows.fingerprint(),
+        "rows": len(rows),
+        "train.seq_len": config.train.seq_len,
+        "data.packing": config.data.packing,
+        "data.shuffle": config.data.shuffle,
+        "seed": config.seed,
+    }
 
 
 class Saving(Protocol):

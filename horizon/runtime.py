@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.saves import Save, Saves
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, OnNonFinite, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
@@ -54,7 +55,8 @@ from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.prediction import Predictor
+from horizon.stream.measure import measure_working_set
+from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
@@ -72,7 +74,6 @@ class Runtime:
     ):  # fmt: skip
         self.model, self.plan, self.needs, self.device = model, plan, needs, device
         self.optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
-        self.clipping, self.on_nonfinite = clipping, OnNonFinite.stop
         self._pin = device.type == "cuda"
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
@@ -88,9 +89,11 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            activations = Activations(self.executor, self.streams, recompute, token_bytes)
+            working_set = partial(measure_working_set, self.executor)
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes)
             release.callback(activations.close)
-            self.planner = StepPlanner(self, placer, activations, Predictor(self.executor, rates, token_bytes))
+            predictor = Predictor(timed_on(self.executor), rates, token_bytes)
+            self.planner = StepPlanner(self, placer, activations, predictor)
             release.callback(delattr, self, "planner")  # it holds the executor, too
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
@@ -140,11 +143,13 @@ class Runtime:
 
     def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
         """A whole step: forward, backward, and the update, which may run on behind."""
-        return self._steps.run(batches, lambda: self.planner.space(batches, self.buffers.kept), lr, seed, loss_fn)
+        space = partial(self.planner.space, batches, self.buffers, self.buffers.kept)
+        return self._steps.run(batches, space, lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        return self._steps.accumulate(batches, self.planner.space(batches, old_share == 0), seed, old_share, loss_fn)
+        space = self.planner.space(batches, self.buffers, old_share == 0)
+        return self._steps.accumulate(batches, space, seed, old_share, loss_fn)
 
     def apply(self, lr: float, loss: float) -> StepOutcome:
         """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
@@ -155,8 +160,13 @@ class Runtime:
         self.store.ledger.fail(error)
 
     def raise_if_failed(self) -> None:
-        """Raise the first failure of any thread, if there was one."""
+        """Raise the first failure of any thread, if there was one, or that of a save, once."""
         self.store.ledger.raise_if_failed()
+        self.saves.raise_if_failed()
+
+    def abandon_saves(self) -> None:
+        """Give up what is being saved, so that closing does not wait for a disk."""
+        self.saves.abandon()
 
     def gradient_norms(self) -> Tensor:
         """L2 norm of every trainable parameter's gradient, fp32 [parameters] on CPU, in the model's order."""
@@ -292,6 +302,10 @@ class Runtime:
 
     # ---- memory
 
+    def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None) -> int:
+        """See `StepPlanner.announce`."""
+        return self.planner.announce(batch_size, seq_len, rows)
+
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
         if self.device.type == "cuda":
@@ -310,6 +324,14 @@ class Runtime:
     def trainable_names(self) -> list[str]:
         """Of all parameters that have gradients, block by block."""
         return [p.name for layout in self.model.layouts for p in layout.trainable]
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise a ConfigError where the settings cannot work anywhere."""
+    if memory.weight_slots < 1:
+        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    if memory.update_threads is not None and memory.update_threads < 1:
+        raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")
 
 
 def build_runtime(
@@ -334,11 +356,8 @@ def build_runtime(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    check_memory(memory)
     num_threads = default_num_threads() if memory.update_threads is None else memory.update_threads
-    if num_threads < 1:
-        raise ConfigError(f"memory.update_threads must be >= 1, got {num_threads}")
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)

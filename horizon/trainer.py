@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from horizon.building import make_optimizer
 from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
 from horizon.data import Loader, TextData, load_data
-from horizon.errors import ConfigError
+from horizon.errors import BudgetError, ConfigError
 from horizon.interrupts import Interrupts
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
-from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
@@ -27,7 +27,7 @@ from horizon.report.console import StepDisplay
 from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
 from horizon.report.split import describe_split
 from horizon.report.trace import require_matplotlib
-from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings
+from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
 from horizon.sampling import generate, sample_prompt, validation_batches
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ if TYPE_CHECKING:
 
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
+LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
 RECORDED = 3, 5  # steps, first and last: past compilation and first allocations, and few enough to be quick
 
 
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model and, where they are asked for,
-    checkpoints, trace.json and trace.png into `output_dir`. With checkpoints, the first SIGTERM or Ctrl-C while it
-    trains has it save and stop.
+    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
+    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints, the first
+    SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -61,6 +62,7 @@ class Trainer:
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.trace_path = self.output_dir / "trace.json"
         self.start = Start()
+        self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
     def run(self) -> RunSummary:
@@ -81,12 +83,16 @@ class Trainer:
                 self._check_architecture()
             data = self._load_data(source)
             print(data.summary, flush=True)
-            self.start.check_data(self._data_facts(data))
+            self.start.check_data(data_facts(self.config, data.train))
             kept = self.start.step if checkpoints.holds(self.start) else 0
             self.rows = [from_row(StepRow, row) for row in cut_rows(self.metrics_path, kept)]
             if self.step >= self.config.train.steps and not self.rows:
                 raise ConfigError(f"train.steps={self.config.train.steps}, but {self.start.folder} is at {self.step}")
-            with build_engine(self.config, source, data.tokenizer, self.start.folder) as engine:
+            with self._advising(len(data.tokenizer)):
+                engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
+            with engine:
+                if self.config.optim.name == "mezo":
+                    engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
                 if checkpoints.is_on:
                     engine.plan_checkpoints(self.config.checkpoint.staging)
                 summary = self._run(engine, data, checkpoints)
@@ -104,16 +110,21 @@ class Trainer:
         """Tokens of all these steps."""
         return self.start.tokens + sum(row.num_tokens for row in self.rows if row.step > self.start.step)
 
-    def _data_facts(self, data: TextData) -> dict[str, Any]:
-        """What the order of rows, and what is in them, depends on, by the settings' names."""
-        return {
-            "data (hash of all rows)": data.train.fingerprint(),
-            "rows": len(data.train),
-            "train.seq_len": self.config.train.seq_len,
-            "data.packing": self.config.data.packing,
-            "data.shuffle": self.config.data.shuffle,
-            "seed": self.config.seed,
-        }
+    @contextmanager
+    def _advising(self, vocab_size: int) -> Iterator[None]:
+        """Add to a refusal which settings would fit."""
+        try:
+            yield
+        except BudgetError as error:
+            if error.tier is None:
+                raise  # the system refused, not the plan: nothing follows from arithmetic
+            from horizon.forecast.advise import advise  # here: only a refusal needs it
+
+            model = dataclasses.replace(
+                self.config.model, config={"vocab_size": vocab_size, **self.config.model.config}
+            )
+            config = dataclasses.replace(self.config, model=model)
+            raise BudgetError(f"{error}; {advise(config, error)}", error.tier, error.needed, error.limit) from error
 
     def _check_architecture(self) -> None:
         report = check_model(self.config.model)
@@ -136,7 +147,8 @@ class Trainer:
 
     def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints) -> RunSummary:
         train, start = self.config.train, self.start.run
-        micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
+        with self._advising(engine.vocab_size):
+            micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
         place = {"epoch": start.get("epoch", 0), "position": start.get("position", 0)}
         loader = Loader(
             data.train, train.batch_size, micro_batch, self.config.seed, shuffle=self.config.data.shuffle, **place
@@ -147,7 +159,7 @@ class Trainer:
             loss_before, sample_before = start["validation_loss_before"], start["sample_before"]
         else:
             loss_before, sample_before = self._assess("before", engine, data, held_out)
-        facts = self._data_facts(data)
+        facts = data_facts(self.config, data.train)
 
         def note() -> dict[str, Any]:
             best = self.config.checkpoint.keep_best and held_out
@@ -256,6 +268,7 @@ class Trainer:
             skipped=result.skipped,
             clip_scale=result.clip_scale,
             corrected_blocks=result.corrected_blocks,
+            projected_gradients=list(result.projected_gradients),
             time=time.time(),
         )
 
@@ -282,6 +295,8 @@ class Trainer:
             print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
         if summary.split is not None:
             print(describe_split(summary.split))
+        if self.config.optim.name == "mezo":
+            print(f"replay   {self.replay_path} (horizon replay base=FOLDER log={self.replay_path} out=FOLDER)")
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
         if summary.checkpoint is not None:
             print(f"saved    {summary.checkpoint}")
@@ -307,8 +322,7 @@ def check_settings(config: HorizonConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"train.{key}={value} must be at least {least}")
-    if config.optim.name != "adamw":
-        raise ConfigError(f"optim.name={config.optim.name!r} is unknown; expected adamw")
+    make_optimizer(with_lr(config, None))
     if config.trace:
         require_matplotlib()
     check_checkpoint_settings(config)
@@ -326,7 +340,10 @@ def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
     """The settings with `optim.lr`, when it is null, replaced by a rate that suits trained or random weights."""
     if config.optim.lr is not None:
         return config
-    lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
+    if config.optim.name == "mezo":
+        lr = LR_ZEROTH_ORDER
+    else:
+        lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
 
 
@@ -343,15 +360,8 @@ def build_engine(
     from horizon.engine import Engine
 
     model, optim = config.model, config.optim
-    assert optim.lr is not None
     settings: dict[str, Any] = {
-        "optimizer": AdamW(
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            moments=optim.moments,
-        ),
+        "optimizer": make_optimizer(config),
         "memory": config.memory,
         "max_grad_norm": optim.max_grad_norm,
         "clip": optim.clip,

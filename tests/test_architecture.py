@@ -12,7 +12,7 @@ PACKAGE = ROOT / "horizon"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A package imports only from those on its left; what shares a place knows nothing of each other.
-BASE = ("errors", "units", "records", "layout")
+BASE = ("errors", "units", "records", "layout", "cgroups")
 FLOW = (
     ("config",),
     ("models",),
@@ -23,12 +23,15 @@ FLOW = (
     ("checkpoint",),
     ("data", "report"),
     ("planner",),
-    ("runtime",),
-    ("check", "diagnosis", "checkpoints", "inference", "accumulation"),
-    ("opening",),
+    ("runtime", "zo"),
+    ("forecast",),
+    ("check", "diagnosis", "checkpoints", "inference"),
+    ("building",),
     ("engine", "interrupts"),
     ("run_checkpoints", "sampling"),
-    ("trainer", "commands"),
+    ("trainer", "replaying"),
+    ("doctor",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

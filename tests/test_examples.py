@@ -65,6 +65,12 @@ def test_resume_goes_on_with_the_losses_of_a_run_that_never_stopped(tmp_path, ca
     assert whole[25] < whole[1] - 1
 
 
+def test_zeroth_order_answers_better_and_replays(capsys):
+    before, after = load("zeroth_order").main(steps=40, device="cpu")
+    assert after < before - 0.1
+    assert f"KiB: {after:.1%}" in capsys.readouterr().out
+
+
 def test_every_example_is_short_and_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,27 @@ class StepOutcome:
         if self.applied is None:
             return StepResult(self.loss, float(self.norm), num_tokens, seconds, skipped=True)
         return StepResult(self.loss, float(self.norm), num_tokens, seconds, False, *self.applied)
+
+
+@dataclass(slots=True)
+class WaitingGradients:
+    """What `Engine.forward_backward` has left for `Engine.optimizer_step`."""
+
+    num_tokens: int = 0
+    loss: float = 0.0  # mean over them
+    batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
+
+    def share_beside(self, num_tokens: int) -> float:
+        """The weight of what waits beside a pass of so many trained tokens."""
+        return self.num_tokens / (self.num_tokens + num_tokens)
+
+    def joined(self, num_tokens: int, loss: float, batches: list[MicroBatch]) -> WaitingGradients:
+        """This, and one pass more."""
+        share = self.share_beside(num_tokens)
+        mean = self.loss * share + loss * (1 - share)
+        return WaitingGradients(
+            self.num_tokens + num_tokens, mean, batches if math.isfinite(self.loss) else self.batches
+        )
 
 
 class Steps:

@@ -61,7 +61,9 @@ def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 def from_row(kind: type[Row], row: dict[str, Any]) -> Row:
     """The record that `to_json` wrote; what was not finite is NaN."""
-    return kind(**{f.name: math.nan if row.get(f.name) is None else row[f.name] for f in dataclasses.fields(kind)})
+    fields = dataclasses.fields(kind)
+    missing = {f.name: math.nan for f in fields if f.type == "float" and row.get(f.name) is None}
+    return kind(**{f.name: row[f.name] for f in fields if f.name in row} | missing)
 
 
 def to_json(row: DataclassInstance, indent: int | None = None) -> str:
