@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import horizon
 from horizon.checkpoint.folder import FolderLock, list_checkpoints
 from horizon.checkpoint.manifest import read_manifest
 from horizon.checkpoint.reader import Checkpoint
+from horizon.cli import _dispatch
 from horizon.config.compose import compose
-from horizon.errors import CheckpointError, ConfigError
+from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.interrupts import Interrupts
 from horizon.run_checkpoints import RunCheckpoints
 from horizon.trainer import Trainer
+from tests.checkpoint.engines import LLAMA
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -343,3 +346,24 @@ def test_the_command_is_killed_and_goes_on(texts, whole, tmp_path):
     assert "resume=auto: " in done and "12 steps" in done
     assert numbers(tmp_path / "out") == numbers(whole)
     assert same_arrays(arrays_of(tmp_path / "out", 12), arrays_of(whole, 12))
+
+
+def test_the_plan_of_a_run_counts_what_checkpoints_are_written_from(texts, capsys):
+    words = [word for word in TINY if not word.startswith("checkpoint.save_every")] + [f"data.path={texts}"]
+    for every, counted in ((3, True), ("null", False)):
+        assert _dispatch(["plan", *words, f"checkpoint.save_every={every}"]) == 0
+        assert ("checkpoint staging" in capsys.readouterr().out) is counted
+
+
+def test_zeroth_order_runs_are_kept_as_their_log(settings, tmp_path):
+    for more in (["resume=auto"], []):
+        with pytest.raises(ConfigError, match=r"are not for optim=mezo, whose replay\.jsonl rebuilds the weights"):
+            Trainer(settings("optim=mezo", *more), tmp_path).run()
+    with horizon.Engine.from_config(LLAMA, optimizer=horizon.ZerothOrder(lr=1e-6), device="cpu") as engine:
+        for call in (
+            lambda: engine.save_checkpoint(tmp_path / "saved"),
+            lambda: engine.restore(tmp_path),
+            engine.plan_checkpoints,
+        ):
+            with pytest.raises(HorizonError, match="a zeroth-order run is kept as its log"):
+                call()

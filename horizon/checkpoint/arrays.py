@@ -217,5 +217,9 @@ def as_tensor(array: Array) -> Tensor:
 
 def writing_bytes(num_bytes: int) -> int:
     """Host memory that TensorStore takes while a checkpoint of `num_bytes` is written, its code included."""
-    _context(True)
     return LIBRARY_BYTES + min(CHUNKS_IN_FLIGHT * CHUNK_BYTES, num_bytes)
+
+
+def load_library() -> None:
+    """Load TensorStore now, and not when a step would wait for it."""
+    _context(True)

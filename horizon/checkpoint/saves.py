@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from horizon.checkpoint.arrays import ArrayWriter, writing_bytes
+from horizon.checkpoint.arrays import ArrayWriter, load_library, writing_bytes
 from horizon.checkpoint.folder import PartialFolder, flush_files, write_flushed
-from horizon.checkpoint.format import BUFFER_KIND, DTYPE_NAMES, MANIFEST, ArraySpec, list_arrays
+from horizon.checkpoint.format import BUFFER_KIND, DTYPE_NAMES, MANIFEST, ArraySpec, StateArray, list_arrays
 from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.manifest import Manifest
-from horizon.checkpoint.snapshot import Snapshot, StateReader
-from horizon.checkpoint.staging import Staging
+from horizon.checkpoint.snapshot import BOUNCE_BYTES, Snapshot, StateReader
+from horizon.checkpoint.staging import ALIGN, Staging
 from horizon.config.schema import Moments
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.models.hf_config import one_line
@@ -161,16 +161,9 @@ class Saves:
         Raises:
             ConfigError: the size is too small to work with.
         """
-        sizes = [array.spec.chunk_file_bytes for array in self._arrays]
-        chunks = sum(len([*a.spec.chunks()]) * align_up(a.spec.chunk_file_bytes, 4096) for a in self._arrays)
-        least = min(LEAST_CHUNKS * align_up(max(sizes), 4096), chunks)
-        if staging == "auto":
-            self._staging_bytes = max(least, min(chunks, room // 2))  # the rest: activations that go to the host
-        else:
-            self._staging_bytes = min(parse_bytes(staging, STAGING_KEY), chunks)
-            if self._staging_bytes < least:
-                raise ConfigError(f"{STAGING_KEY}={staging} must be at least {format_bytes(least)} for this model")
-        return self._staging_bytes + writing_bytes(chunks) + self._reader.pinned_bytes
+        self._staging_bytes = staging_bytes(self._arrays, staging, room)
+        load_library()
+        return saving_bytes(self._arrays, self._staging_bytes, self._reader.pins)
 
     @property
     def planned(self) -> bool:
@@ -266,6 +259,31 @@ class Saves:
             self._staging.close()
             self._staging = None
         self._reader.close()
+
+
+def staging_bytes(arrays: Sequence[StateArray], staging: str, room: int) -> int:
+    """How large the staging is for a checkpoint of these arrays; see `Saves.memory`."""
+    whole, least = _aligned_bytes(arrays), LEAST_CHUNKS * max(_chunk_bytes(array) for array in arrays)
+    least = min(least, whole)
+    if staging == "auto":
+        return max(least, min(whole, room // 2))  # the rest: activations that go to the host
+    size = min(parse_bytes(staging, STAGING_KEY), whole)
+    if size < least:
+        raise ConfigError(f"{STAGING_KEY}={staging} must be at least {format_bytes(least)} for this model")
+    return size
+
+
+def saving_bytes(arrays: Sequence[StateArray], staging_size: int, pins: bool) -> int:
+    """Host memory that saving takes; `pins`: blocks may be in the memory of a GPU."""
+    return staging_size + writing_bytes(_aligned_bytes(arrays)) + (COPY_THREADS * BOUNCE_BYTES if pins else 0)
+
+
+def _aligned_bytes(arrays: Sequence[StateArray]) -> int:
+    return sum(len([*array.spec.chunks()]) * _chunk_bytes(array) for array in arrays)
+
+
+def _chunk_bytes(array: StateArray) -> int:
+    return align_up(array.spec.chunk_file_bytes, ALIGN)
 
 
 def commit(partial: PartialFolder, manifest: Manifest, tokenizer: Tokenizer | None) -> None:

@@ -191,9 +191,9 @@ class StateReader:
         self._free: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()  # for two halves each
 
     @property
-    def pinned_bytes(self) -> int:
-        """Host memory that it may take."""
-        return 0 if self._stream is None else self._num_threads * BOUNCE_BYTES
+    def pins(self) -> bool:
+        """Whether it may take pinned memory, `BOUNCE_BYTES` for each thread."""
+        return self._stream is not None
 
     def begin(self) -> None:
         """What is read from now on comes after all that the device was told to do so far."""

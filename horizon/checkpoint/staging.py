@@ -13,14 +13,14 @@ from torch import Tensor
 from horizon.store.arena import Arena
 from horizon.units import align_up
 
-_ALIGN = 4096  # the unit of direct I/O
+ALIGN = 4096  # the unit of direct I/O
 
 
 class Staging:
     """`num_bytes` of host memory; every method may be called from any thread."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = align_up(num_bytes, _ALIGN)
+        self.num_bytes = align_up(num_bytes, ALIGN)
         self._arena = Arena([self.num_bytes], "checkpoint staging", pin=False)
         self._free = [(0, self.num_bytes)]  # (start, bytes), by start, none beside another
         self._changed = threading.Condition()
@@ -32,7 +32,7 @@ class Staging:
         Raises:
             ValueError: there will never be room.
         """
-        size = align_up(num_bytes, _ALIGN)
+        size = align_up(num_bytes, ALIGN)
         if size > self.num_bytes:
             raise ValueError(f"{num_bytes} bytes do not fit a staging of {self.num_bytes}")
         with self._changed:
@@ -50,7 +50,7 @@ class Staging:
             if self._closed:
                 return
             start = region.data_ptr() - self._arena.regions[0].data_ptr()
-            self._free = _joined([*self._free, (start, align_up(region.numel(), _ALIGN))])
+            self._free = _joined([*self._free, (start, align_up(region.numel(), ALIGN))])
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -6,12 +6,14 @@ Nothing is allocated and no weights are read; the model is a skeleton.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from horizon.checkpoint.format import list_arrays
+from horizon.checkpoint.saves import saving_bytes, staging_bytes
 from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
@@ -136,6 +138,8 @@ class Forecaster:
         limits = limits or self.target.limits(memory)
         placer = read_policy(memory, self.target.device, self.target.can_update, len(needs.layouts), needs.moments)
         needs = placer.place(needs, limits, unknown_activations(limits))
+        if config.checkpoint.save_every is not None:
+            needs = self._saving(needs, limits, config.checkpoint.staging)
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
         activations, predictor = self._estimates(config, needs)
         planner, train = StepPlanner(parts, placer, activations, predictor), config.train
@@ -144,6 +148,12 @@ class Forecaster:
         idle = planner.idle_bytes(parts.needs, needs.keeps_gradients)
         planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
         return Forecast(config, parts.plan, parts.needs, planned, rows)
+
+    def _saving(self, needs: MemoryNeeds, limits: Limits, staging: str) -> MemoryNeeds:
+        """The same, with the memory that checkpoints are written from, as `Runtime.plan_saves` has it."""
+        arrays = list_arrays(needs.layouts, needs.moments)
+        size = staging_bytes(arrays, staging, limits.host - plan_memory(needs, limits).num_bytes("host"))
+        return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu))
 
     def _estimates(self, config: HorizonConfig, needs: MemoryNeeds) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
