@@ -117,12 +117,13 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         Line("host", "residual (low halves)", num_bytes(MASTER[1:], on_host)),
         Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", num_bytes(moments, on_host)),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
-        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
+    if needs.saving:
+        lines.append(Line("host", "checkpoint staging", needs.saving))
     if on_device:
         lines += [
             Line("device", f"states of {len(on_device)} blocks", num_bytes((*MASTER, *moments), on_device)),
