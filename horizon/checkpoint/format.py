@@ -154,7 +154,8 @@ def encode_name(name: str) -> str:
         return encoded
     from hashlib import blake2b
 
-    return f"{encoded[: _MAX_NAME_BYTES - 2 * _HASH_BYTES]}%~{blake2b(raw, digest_size=_HASH_BYTES).hexdigest()}"
+    ending = f"%~{blake2b(raw, digest_size=_HASH_BYTES).hexdigest()}"
+    return encoded[: _MAX_NAME_BYTES - len(ending)] + ending
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:

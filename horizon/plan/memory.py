@@ -159,12 +159,13 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *_state_lines(needs, Tier.dram, "host"),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
         *_nvme_lines(needs),
-        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
+    if needs.saving:
+        lines.append(Line("host", "checkpoint staging", needs.saving))
     if on_device:
         lines += [
             Line("device", f"states of {len(on_device)} blocks", num_bytes(needs.states, on_device)),

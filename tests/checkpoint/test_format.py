@@ -29,6 +29,7 @@ def test_names_of_models_stay_as_they_are_and_others_cannot_leave_the_folder():
     assert encode_name("..") == "%2E."
     assert encode_name("gewöhnlich") == "gew%C3%B6hnlich"
     assert encode_name("%41") != encode_name("A")
+    assert len(encode_name("x" * 300)) == 200 and encode_name("x" * 300).startswith("x" * 166 + "%~")
     long = ["x" * 300 + end for end in "ab"]
     assert len({encode_name(name) for name in long}) == 2
 
