@@ -132,6 +132,11 @@ class Runtime:
         return self._steps.version
 
     @property
+    def moves_blocks(self) -> bool:
+        """Whether blocks can move between host and device memory: not where some have a place or staging apart."""
+        return not self.needs.placed and self.store.loads is None
+
+    @property
     def as_landed(self) -> bool:
         """Whether the host updates a block as soon as its gradient has landed."""
         return self._steps.as_landed

@@ -86,6 +86,10 @@ class _Imagined:
     def __init__(self, model: BlockModel, needs: MemoryNeeds, plan: MemoryPlan, as_landed: bool):
         self.model, self.needs, self.plan, self.as_landed = model, needs, plan, as_landed
 
+    @property
+    def moves_blocks(self) -> bool:
+        return not self.needs.placed
+
     def guarded(self, work: Callable[[], T]) -> T:
         return work()
 
