@@ -231,7 +231,7 @@ def test_masters_are_read_when_their_residual_is_on_disk(folder, monkeypatch):
 def bytes_on(store, tier):
     """Bytes of all states that are on a tier of the host."""
     sizes = {place: kind.num_bytes(store.layouts[place[1]]) for place, kind in _places(store)}
-    return sum(size for place, size in sizes.items() if (place in store._placed) is (tier is Tier.nvme))
+    return sum(size for place, size in sizes.items() if (place in store.on_nvme) is (tier is Tier.nvme))
 
 
 def _places(store):
