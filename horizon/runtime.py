@@ -71,6 +71,7 @@ from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
+LEAST_CHUNK_BYTES = 256 * MIB  # of them, on devices with less than 16 GiB
 
 
 class Runtime:
@@ -97,7 +98,7 @@ class Runtime:
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
             self.store.observe_disk(self.streams.timeline.disk)
-            head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
+            head_chunk = chunk_tokens(model.vocab_size, head_chunk_bytes(plan.limits.device))
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
@@ -295,6 +296,11 @@ class Runtime:
 
     def _trainable_names(self) -> list[str]:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
+
+
+def head_chunk_bytes(device_limit: int) -> int:
+    """Bytes of logits that exist at once: an eighth of a small device, where 2 GiB would leave no room for slots."""
+    return min(HEAD_CHUNK_BYTES, max(device_limit // 8, LEAST_CHUNK_BYTES))
 
 
 def check_speculation(needs: MemoryNeeds, clipping: Clipping) -> None:

@@ -26,7 +26,7 @@ from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, pl
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
 from horizon.planner import StepPlanner
-from horizon.runtime import HEAD_CHUNK_BYTES, check_memory, check_speculation
+from horizon.runtime import check_memory, check_speculation, head_chunk_bytes
 from horizon.stream.activations import Activations
 from horizon.stream.head import chunk_tokens
 from horizon.stream.prediction import Predictor
@@ -143,7 +143,7 @@ class Forecaster:
         needs = placer.place(needs, limits, unknown_activations(limits))
         check_speculation(needs, Clipping(config.optim.max_grad_norm, config.optim.clip))
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
-        activations, predictor = self._estimates(config, needs)
+        activations, predictor = self._estimates(config, needs, limits)
         planner, train = StepPlanner(parts, placer, activations, predictor), config.train
         rows = planner.announce(train.batch_size, train.seq_len, train.micro_batch)
         shapes = [(min(rows, train.batch_size - i), train.seq_len) for i in range(0, train.batch_size, rows)]
@@ -151,11 +151,11 @@ class Forecaster:
         planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
         return Forecast(config, parts.plan, parts.needs, planned, rows)
 
-    def _estimates(self, config: HorizonConfig, needs: MemoryNeeds) -> tuple[Activations, Predictor]:
+    def _estimates(self, config: HorizonConfig, needs: MemoryNeeds, limits: Limits) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
-        key = needs.compute_dtype, fused
+        chunk = chunk_tokens(self.model.vocab_size, head_chunk_bytes(limits.device))
+        key = needs.compute_dtype, fused, chunk
         if key not in self._estimators:
-            chunk = chunk_tokens(self.model.vocab_size, HEAD_CHUNK_BYTES)
             self._estimators[key] = Estimator.of(
                 self.model, self.target.facts, needs.compute_dtype, fused, on_gpu, chunk
             )
