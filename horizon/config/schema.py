@@ -183,6 +183,14 @@ class MemoryConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    save_every: str | None = None  # steps (`100`), a time (`10min`) or tokens (`1e9tokens`); null: no checkpoints
+    keep: int | None = 2  # the last so many, another is on disk while it is written; null: all
+    keep_best: bool = False  # evaluate at every save, and keep the one with the lowest validation loss too
+    staging: str = "auto"  # host memory in which states wait for the disk, such as 8GiB; auto: half of what is left
+
+
+@dataclass(kw_only=True, slots=True)
 class HorizonConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,6 +198,9 @@ class HorizonConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     zo: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str | None = None  # go on from the folder of a checkpoint or run; auto: from the last of this run's folder
+    resume_weights_only: bool = False  # take its weights and begin at step 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto

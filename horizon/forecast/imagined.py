@@ -6,12 +6,14 @@ Nothing is allocated and no weights are read; the model is a skeleton.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from horizon.checkpoint.format import list_arrays
+from horizon.checkpoint.saves import saving_bytes, staging_bytes
 from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, OnNonFinite, Policy, Recompute
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
@@ -25,10 +27,11 @@ from horizon.plan.estimate import Estimator
 from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
+from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.planner import StepPlanner
-from horizon.runtime import check_memory, check_speculation, head_chunk_bytes
+from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.stream.activations import Activations
-from horizon.stream.head import chunk_tokens
+from horizon.stream.head import chunk_bytes, chunk_tokens
 from horizon.stream.prediction import Predictor
 from horizon.stream.streams import Streams
 
@@ -112,7 +115,12 @@ class Forecaster:
         Raises:
             ConfigError: settings that contradict each other.
         """
-        optim, clipping = config.optim, Clipping(config.optim.max_grad_norm, config.optim.clip)
+        optim = config.optim
+        if optim.name != "adamw":
+            raise ConfigError(
+                f"optim={optim.name}: only steps of AdamW are planned ahead; leave it out of horizon plan"
+            )
+        clipping = Clipping(optim.max_grad_norm, optim.clip)
         adamw = AdamW(betas=(optim.beta1, optim.beta2), eps=optim.eps, moments=optim.moments, master=optim.master)
         clipping.check(adamw, config.train.on_nonfinite)
         check_memory(config.memory)
@@ -141,7 +149,10 @@ class Forecaster:
         device, can_update = self.target.device, self.target.can_update
         placer = read_policy(memory, device, can_update, len(needs.layouts), needs.moments, needs.master)
         needs = placer.place(needs, limits, unknown_activations(limits))
-        check_speculation(needs, Clipping(config.optim.max_grad_norm, config.optim.clip))
+        check_speculation(needs, config.optim.clip)
+        if config.checkpoint.save_every is not None:
+            check_saving(needs)
+            needs = self._saving(needs, limits, config.checkpoint.staging)
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
         activations, predictor = self._estimates(config, needs, limits)
         planner, train = StepPlanner(parts, placer, activations, predictor), config.train
@@ -151,9 +162,15 @@ class Forecaster:
         planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
         return Forecast(config, parts.plan, parts.needs, planned, rows)
 
+    def _saving(self, needs: MemoryNeeds, limits: Limits, staging: str) -> MemoryNeeds:
+        """The same, with the memory that checkpoints are written from, as `Runtime.plan_saves` has it."""
+        arrays = list_arrays(needs.layouts, needs.moments)
+        size = staging_bytes(arrays, staging, limits.host - plan_memory(needs, limits).num_bytes("host"))
+        return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu))
+
     def _estimates(self, config: HorizonConfig, needs: MemoryNeeds, limits: Limits) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
-        chunk = chunk_tokens(self.model.vocab_size, head_chunk_bytes(limits.device))
+        chunk = chunk_tokens(self.model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, limits.device))
         key = needs.compute_dtype, fused, chunk
         if key not in self._estimators:
             self._estimators[key] = Estimator.of(

@@ -159,9 +159,11 @@ def nvme_bytes(memory: MemoryConfig) -> int:
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Device memory that nobody uses, learnt without a CUDA context; None where NVML is not available."""
+    """Device memory that no other process uses, learnt without a CUDA context; None where NVML is not available."""
+    own = TYPICAL_CONTEXT if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     used = _used_bytes(device)
-    return None if used is None else torch.cuda.get_device_properties(device).total_memory - used
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return None if used is None else min(total, total - used + own)
 
 
 def context_bytes(device: torch.device) -> int:

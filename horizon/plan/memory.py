@@ -121,6 +121,7 @@ class MemoryNeeds:
     moments: Moments = Moments.float32
     master: MasterFormat = MasterFormat.split
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
+    saving: int = 0  # bytes that checkpoints are written from
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -158,6 +159,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *_state_lines(needs, Tier.dram, "host"),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
         *_nvme_lines(needs),
+        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),

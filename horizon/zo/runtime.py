@@ -187,6 +187,9 @@ class ZerothOrderRuntime:
             )
         return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
 
+    def abandon_saves(self) -> None:
+        """Nothing is being saved: the log is written as steps are taken."""
+
     def wait_for_updates(self) -> None:
         """Return once the host's weights have seen every step."""
         if min(self.store.versions) < self.version:
