@@ -21,15 +21,7 @@ from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.saves import Save, Saves
-from horizon.config.schema import (
-    ComputeDtype,
-    Kernels,
-    MasterFormat,
-    MemoryConfig,
-    Moments,
-    NvmeEngine,
-    Recompute,
-)
+from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError
 from horizon.models.blocks import BlockModel
@@ -90,7 +82,7 @@ class Runtime:
             limit_device(device, plan.limits.device)
             self.store = HostStore(
                 model.layouts, self._pin, needs.compute_dtype is torch.float32, device, needs.in_hbm, needs.moments,
-                needs.master, needs.placed, memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
+                needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine,
             )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
