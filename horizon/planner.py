@@ -38,6 +38,10 @@ class Arranged(Protocol):
     needs: MemoryNeeds
 
     @property
+    def moves_blocks(self) -> bool:
+        """Whether blocks can move between host and device memory between steps."""
+
+    @property
     def version(self) -> int:
         """Optimizer steps that the weights have seen."""
 
@@ -122,8 +126,8 @@ class StepPlanner:
 
     @property
     def _moves(self) -> bool:
-        """Whether blocks may: where states are on other tiers of the host they do not."""
-        return self._placer.moves and not self._parts.needs.placed
+        """Whether the placement follows what activations need."""
+        return self._placer.moves and self._parts.moves_blocks
 
     def _place_fastest(self, shapes: Shapes, borrow: bool) -> bool:
         """Move blocks so that such a step is fastest; False where the policy is another, or no step could be timed."""

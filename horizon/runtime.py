@@ -21,15 +21,7 @@ from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.saves import Save, Saves
-from horizon.config.schema import (
-    ComputeDtype,
-    Kernels,
-    MasterFormat,
-    MemoryConfig,
-    Moments,
-    NvmeEngine,
-    Recompute,
-)
+from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
 from horizon.errors import BudgetError
 from horizon.models.blocks import BlockModel
@@ -64,7 +56,7 @@ from horizon.store.host import HostStore
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
-from horizon.stream.head import LossFn, chunk_tokens
+from horizon.stream.head import LossFn, chunk_bytes, chunk_tokens
 from horizon.stream.measure import measure_working_set
 from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
@@ -84,22 +76,20 @@ class Runtime:
         memory: MemoryConfig,
     ):  # fmt: skip
         self.model, self.plan, self.needs, self.device = model, plan, needs, device
-        self.optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
-        self._pin = pins(device)
+        self.optimizer, self._num_threads, self._seed, self._pin = optimizer, num_threads, seed, pins(device)
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
-            pin_residual = needs.compute_dtype is torch.float32
             self.store = HostStore(
-                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.master,
-                needs.placed, memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
+                model.layouts, self._pin, needs.compute_dtype is torch.float32, device, needs.in_hbm, needs.moments,
+                needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine,
             )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
             self.store.observe_disk(self.streams.timeline.disk)
-            head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
+            head_chunk = chunk_tokens(model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, plan.limits.device))
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
@@ -107,8 +97,9 @@ class Runtime:
             working_set = partial(measure_working_set, self.executor)
             activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes)
             release.callback(activations.close)
-            predictor = Predictor(timed_on(self.executor), rates, token_bytes)
-            self.planner = StepPlanner(self, placer, activations, predictor)
+            self.planner = StepPlanner(
+                self, placer, activations, Predictor(timed_on(self.executor), rates, token_bytes)
+            )
             release.callback(delattr, self, "planner")  # it holds the executor, too
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
@@ -134,6 +125,11 @@ class Runtime:
     def version(self) -> int:
         """Optimizer steps that the weights have seen, those still under way included."""
         return self._steps.version
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether blocks can move between host and device memory: not where some have a place or staging apart."""
+        return not self.needs.placed and self.store.loads is None
 
     @property
     def as_landed(self) -> bool:

@@ -59,7 +59,7 @@ CASES = {
     "14b-int8-exact": Case(QWEN_14B, {"moments": "int8"}, 1.0, {"policy": "dram"}),
     "14b-nvme": Case(QWEN_14B, {}, None, {"hbm_blocks": 0}, on_nvme=True),
     "32b-bf16": Case(QWEN_32B, {"master": "bf16_stochastic", "moments": "int8"}, None, {}, on_nvme=True),
-    "7b-8gib": Case(SHAPES["qwen2.5-7b"], {}, 1.0, {"policy": "dram", "device_budget": "8GiB"}),
+    "7b-8gib": Case(SHAPES["qwen2.5-7b"], {}, 1.0, {"policy": "dram", "device_budget": "8GiB", "weight_slots": 1}),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from horizon.config.compose import compose, conf_dir
-from horizon.config.schema import ComputeDtype, DataFormat, HorizonConfig, LrSchedule, Moments
+from horizon.config.schema import ComputeDtype, DataFormat, HorizonConfig, LrSchedule, Moments, Tier, TierRule
 from horizon.errors import ConfigError
 
 FILES = [path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "machine"]  # those are not a run's
@@ -27,6 +27,15 @@ def test_every_group_option_composes(option: Path):
     assert dataclasses.is_dataclass(group)
     if option.parent.name == "data":
         assert group.format == DataFormat[option.name]
+
+
+def test_rules_of_tiers_are_typed():
+    overrides = ['memory.rules=[{state: "exp_avg*", blocks: "1-4,head", tier: nvme}, {tier: dram}]']
+    first = TierRule(state="exp_avg*", blocks="1-4,head", tier=Tier.nvme)
+    assert compose(overrides).memory.rules == [first, TierRule()]
+    for wrong in ("{tier: disk}", "{states: weights}"):
+        with pytest.raises(ConfigError, match=r"tier: Invalid value|states is no setting"):
+            compose([f"memory.rules=[{wrong}]"])
 
 
 def test_the_keys_that_scripts_rely_on():

@@ -31,7 +31,7 @@ from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.planner import StepPlanner
 from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.stream.activations import Activations
-from horizon.stream.head import chunk_tokens
+from horizon.stream.head import chunk_bytes, chunk_tokens
 from horizon.stream.prediction import Predictor
 from horizon.stream.streams import Streams
 
@@ -88,6 +88,10 @@ class _Imagined:
 
     def __init__(self, model: BlockModel, needs: MemoryNeeds, plan: MemoryPlan, as_landed: bool):
         self.model, self.needs, self.plan, self.as_landed = model, needs, plan, as_landed
+
+    @property
+    def moves_blocks(self) -> bool:
+        return not self.needs.placed
 
     def guarded(self, work: Callable[[], T]) -> T:
         return work()
@@ -150,7 +154,7 @@ class Forecaster:
             check_saving(needs)
             needs = self._saving(needs, limits, config.checkpoint.staging)
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
-        activations, predictor = self._estimates(config, needs)
+        activations, predictor = self._estimates(config, needs, limits)
         planner, train = StepPlanner(parts, placer, activations, predictor), config.train
         rows = planner.announce(train.batch_size, train.seq_len, train.micro_batch)
         shapes = [(min(rows, train.batch_size - i), train.seq_len) for i in range(0, train.batch_size, rows)]
@@ -164,11 +168,11 @@ class Forecaster:
         size = staging_bytes(arrays, staging, limits.host - plan_memory(needs, limits).num_bytes("host"))
         return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu))
 
-    def _estimates(self, config: HorizonConfig, needs: MemoryNeeds) -> tuple[Activations, Predictor]:
+    def _estimates(self, config: HorizonConfig, needs: MemoryNeeds, limits: Limits) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
-        key = needs.compute_dtype, fused
+        chunk = chunk_tokens(self.model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, limits.device))
+        key = needs.compute_dtype, fused, chunk
         if key not in self._estimators:
-            chunk = chunk_tokens(self.model.vocab_size, HEAD_CHUNK_BYTES)
             self._estimators[key] = Estimator.of(
                 self.model, self.target.facts, needs.compute_dtype, fused, on_gpu, chunk
             )

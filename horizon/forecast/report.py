@@ -52,6 +52,7 @@ def _settings(config: HorizonConfig) -> dict[str, Any]:
         for section in ("train", "memory", "optim")
         for field in dataclasses.fields(getattr(config, section))
     }
+    chosen["memory.rules"] = [dataclasses.asdict(rule) for rule in config.memory.rules]
     return plain(chosen | {"compute_dtype": config.compute_dtype, "kernels": config.kernels, "device": config.device})
 
 

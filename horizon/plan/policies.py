@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from horizon.config.schema import MemoryConfig, Policy, Tier, TierRule
+from horizon.config.schema import MemoryConfig, NvmeEngine, Policy, Tier, TierRule
 from horizon.config.values import choice, settings
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
@@ -36,6 +36,7 @@ def read_rules(memory: MemoryConfig) -> tuple[TierRule, ...]:
         name = f"memory.rules[{i}]"
         given = settings(TierRule, rule, name)
         rules.append(TierRule(state=given.state, blocks=given.blocks, tier=choice(Tier, given.tier, f"{name}.tier")))
+    choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine")
     policy = choice(Policy, memory.policy, "memory.policy")
     if memory.nvme_dir is None and any(rule.tier is Tier.nvme for rule in (*rules, *POLICY_RULES.get(policy, ()))):
         setting = "tier=nvme in memory.rules" if rules else f"memory.policy={policy}"

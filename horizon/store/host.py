@@ -57,6 +57,7 @@ class HostStore:
         residual: int16 [num_elements] per block; an empty list where the weights alone are the masters.
         moments: by name, in the order of `horizon.plan.states`, the flat tensors of all blocks.
         in_hbm: blocks whose states are on the device.
+        on_nvme: (state, block) of what is there.
         ledger: how many optimizer steps the weights of each block have seen.
         pages: of states on nvme, for their update; None where none are.
         loads: of what the device cannot copy by itself; None where there is nothing of the kind.
@@ -77,7 +78,8 @@ class HostStore:
     ):
         self.layouts = tuple(layouts)
         self.in_hbm = frozenset(in_hbm)
-        self._device, self._placed = device, placed or {}
+        self.on_nvme = on_tier(placed or {}, Tier.nvme)
+        self._device = device
         self.ledger = Ledger(len(self.layouts))
         self._states: dict[str, TieredState] = {}
         self._nvme: NvmeTier | None = None
@@ -85,17 +87,16 @@ class HostStore:
         self.loads: StagedLoads | None = None
         weights, *rest = MASTERS[master]
         self._kinds = {state.name: state for state in states_of(master, moments)}
-        self._nvme_places = on_tier(self._placed, Tier.nvme)
         loaded = [weights, *rest] if pin_residual else [weights]
         try:
-            if self._nvme_places:
+            if self.on_nvme:
                 self._nvme = open_nvme(nvme_dir or "", nvme_engine, self._map())
                 self.pages = UpdatePages(
                     self._nvme,
                     [*self._kinds.values()],
                     loaded,
                     self.layouts,
-                    self._nvme_places,
+                    self.on_nvme,
                     self.ledger,
                     UPDATE_PAGES,
                 )
@@ -110,11 +111,11 @@ class HostStore:
         self._places = {p.name: (lay.index, p) for lay in self.layouts for p in lay.params}
 
     def _map(self) -> DiskMap:
-        return map_disk([*self._kinds.values()], self.layouts, self._nvme_places)
+        return map_disk([*self._kinds.values()], self.layouts, self.on_nvme)
 
     def _allocate(self, state: State, pin: bool) -> list[Tensor]:
         numels = [state.numel(lay) for lay in self.layouts]
-        on_nvme = {block for block in range(len(numels)) if (state.name, block) in self._nvme_places}
+        on_nvme = {block for block in range(len(numels)) if (state.name, block) in self.on_nvme}
         self._states[state.name] = TieredState(numels, state.dtype, state.name, pin, self._device, self.in_hbm, on_nvme)
         return self._states[state.name].blocks
 
@@ -122,7 +123,7 @@ class HostStore:
         """Have what the device cannot copy by itself brought to pinned buffers ahead of it."""
         pageable = [state.name for state in loaded if pin and not self._states[state.name].pinned]
         on_host = [lay.index for lay in self.layouts if lay.index not in self.in_hbm]
-        places = self._nvme_places | {(name, block) for name in pageable for block in on_host}
+        places = self.on_nvme | {(name, block) for name in pageable for block in on_host}
         if any((state.name, block) in places for state in loaded for block in on_host):
             self.loads = StagedLoads(self._read_moves, loaded, self.layouts, places, self.ledger, pin, LOAD_BUFFERS)
         if pageable:
@@ -131,9 +132,9 @@ class HostStore:
 
     def _read_moves(self, moves: Sequence[Move]) -> None:
         """Fill memory from where the states are."""
-        on_disk = [move for move in moves if move.place in self._nvme_places]
+        on_disk = [move for move in moves if move.place in self.on_nvme]
         for move in moves:
-            if move.place not in self._nvme_places:
+            if move.place not in self.on_nvme:
                 name, block = move.place
                 source = as_bytes(self._states[name].blocks[block])
                 move.data.copy_(source[move.offset : move.offset + move.data.numel()])
@@ -148,22 +149,17 @@ class HostStore:
 
     def read_state(self, name: str, block: int) -> Tensor:
         """A copy in host memory of a state of a block, wherever it is; no update of it may be under way."""
-        if (name, block) not in self._nvme_places:
+        if (name, block) not in self.on_nvme:
             return self._states[name].blocks[block].to("cpu", copy=True)
         copy = torch.empty(self._kinds[name].numel(self.layouts[block]), dtype=self._kinds[name].dtype)
-        self._on_nvme().read_range((name, block), 0, as_bytes(copy))
+        self._settled_nvme().read_range((name, block), 0, as_bytes(copy))
         return copy
 
     def write_state(self, name: str, block: int, value: Tensor) -> None:
         """Set a state of a block, wherever it is; nobody may be reading or updating it."""
         self._write((name, block), 0, value.to(self._kinds[name].dtype))
 
-    @property
-    def on_nvme(self) -> frozenset[Place]:
-        """States of blocks that are on nvme."""
-        return self._nvme_places
-
-    def _on_nvme(self) -> NvmeTier:
+    def _settled_nvme(self) -> NvmeTier:
         """The tier, nothing on its way to it."""
         assert self._nvme is not None and self.pages is not None
         self.pages.wait_written()
@@ -172,18 +168,18 @@ class HostStore:
     def _write(self, place: Place, start: int, value: Tensor) -> None:
         """Set numbers of a state from number `start` on."""
         name, block = place
-        if place in self._nvme_places:
-            self._on_nvme().write_range(place, start * value.itemsize, as_bytes(value.cpu().contiguous()))
+        if place in self.on_nvme:
+            self._settled_nvme().write_range(place, start * value.itemsize, as_bytes(value.cpu().contiguous()))
         else:
             self._states[name].blocks[block][start : start + value.numel()].copy_(value)
 
     def _read(self, place: Place, start: int, stop: int) -> Tensor:
         """Numbers `start` to `stop` of a state, on the CPU."""
         name, block = place
-        if place not in self._nvme_places:
+        if place not in self.on_nvme:
             return self._states[name].blocks[block][start:stop].cpu()
         numbers = torch.empty(stop - start, dtype=self._kinds[name].dtype)
-        self._on_nvme().read_range(place, start * numbers.itemsize, as_bytes(numbers))
+        self._settled_nvme().read_range(place, start * numbers.itemsize, as_bytes(numbers))
         return numbers
 
     def keep_in_hbm(self, in_hbm: Set[int]) -> None:

@@ -192,7 +192,7 @@ def open_nvme(folder: str, engine: NvmeEngine, disk_map: DiskMap) -> NvmeTier:
 
     Raises: as the engine does.
     """
-    path = Path(folder)
+    path, engine = Path(folder), NvmeEngine(engine)
     if engine is NvmeEngine.tensorstore or (engine is NvmeEngine.auto and has_tensorstore() and not takes_direct(path)):
         logger.info("states on nvme are zarr3 arrays in %s, written by tensorstore", folder)
         return NvmeTier(path, ZarrStates(path, disk_map))

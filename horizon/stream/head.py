@@ -15,7 +15,14 @@ from horizon.models.blocks import BlockModel
 from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.gradients import GradientSlots
 
+LEAST_CHUNK_BYTES = 256 << 20
+
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # (logits [B, T, V], batch) -> scalar
+
+
+def chunk_bytes(most: int, device_limit: int) -> int:
+    """Bytes of logits that exist at once: an eighth of a small device, where `most` would leave no room for slots."""
+    return min(most, max(device_limit // 8, LEAST_CHUNK_BYTES))
 
 
 def chunk_tokens(vocab_size: int, chunk_bytes: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 import horizon
 from horizon import runtime
-from horizon.config.schema import Clip, Moments, Recompute
+from horizon.config.schema import Clip, MasterFormat, Moments, Policy, Recompute
 from horizon.errors import BudgetError
 from horizon.forecast.imagined import open_skeleton
 from tests.forecast.conftest import SMALL, machine, settings
@@ -23,6 +23,8 @@ OPTIMS = {
     "unclipped": {"optim__max_grad_norm": None},
     "lagged": {"optim__clip": Clip.lagged},
     "int8": {"optim__moments": Moments.int8, "memory__weight_slots": 1},
+    "bf16 masters": {"optim__master": MasterFormat.bf16_stochastic},
+    "on nvme": {"memory__policy": Policy.nvme_all, "memory__nvme_dir": ".", "memory__nvme_budget": "1GiB"},
 }
 OVERHEAD = 1000  # of the process, in both
 
@@ -34,7 +36,7 @@ def same_overhead(monkeypatch):
 
 def engine_plan(config):
     """(plan, micro-batch) of a real engine, or the refusal."""
-    optimizer = horizon.AdamW(lr=1e-5, moments=config.optim.moments)
+    optimizer = horizon.AdamW(lr=1e-5, moments=config.optim.moments, master=config.optim.master)
     try:
         engine = horizon.Engine.from_config(
             config.model.config, optimizer=optimizer, memory=config.memory, max_grad_norm=config.optim.max_grad_norm,

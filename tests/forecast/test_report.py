@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from horizon.config.schema import Policy
+from horizon.config.schema import Policy, Tier, TierRule
 from horizon.forecast.outlook import look
 from horizon.forecast.report import as_json, as_text
 from tests.forecast.conftest import machine, settings
@@ -64,6 +64,22 @@ def test_it_says_what_the_forecast_says(outlooks):
     assert step["seconds"] == pytest.approx(parts) and step["tokens_per_s"] == pytest.approx(4 * 128 / parts)
     assert found["settings"]["optim.moments"] == "float32" and found["settings"]["train.batch_size"] == 4
     assert len(found["alternatives"]) == len(outlook.alternatives)
+
+
+def test_states_on_nvme_are_counted_and_the_step_is_not_timed(forecaster):
+    rules = [TierRule(state="exp_avg*", blocks="1-2", tier=Tier.nvme)]
+    config = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__nvme_budget="1GiB")
+    found = forecaster(config)
+    outlook = look(found, config)
+    said = json.loads(json.dumps(as_json(outlook, config, "small", found.model, found.target)))
+    assert said["plan"]["step"] is None and said["plan"]["nvme_limit_bytes"] == 1 << 30
+    assert said["settings"]["memory.rules"] == [{"state": "exp_avg*", "blocks": "1-2", "tier": "nvme"}]
+    moments = 8 * sum(layout.num_trainable for layout in found.model.layouts[1:3])
+    assert moments <= said["plan"]["nvme_bytes"] < moments + (1 << 14)
+    assert "not predicted" in as_text(outlook, "small", found.target)
+    tight = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__host_budget="1MiB",
+                     memory__nvme_budget="1KiB")  # fmt: skip
+    assert look(found, tight).least is not None  # found, with a disk that is too small as well
 
 
 def test_a_refusal_names_tier_and_shortfall(outlooks):

@@ -1,5 +1,6 @@
 """Which tier holds which state never changes a bit, however slow the disk and however little staging there is."""
 
+import os
 import random
 import time
 
@@ -230,7 +231,7 @@ def test_masters_are_read_when_their_residual_is_on_disk(folder, monkeypatch):
 def bytes_on(store, tier):
     """Bytes of all states that are on a tier of the host."""
     sizes = {place: kind.num_bytes(store.layouts[place[1]]) for place, kind in _places(store)}
-    return sum(size for place, size in sizes.items() if (place in store._placed) is (tier is Tier.nvme))
+    return sum(size for place, size in sizes.items() if (place in store.on_nvme) is (tier is Tier.nvme))
 
 
 def _places(store):
@@ -257,6 +258,19 @@ def test_auto_moves_to_nvme_what_dram_does_not_hold(share, folder, little_stagin
         assert bytes_on(store, Tier.dram) == sum(held) <= sum(store.num_bytes.values())
         assert [e.step(batches).loss for batches in steps()] == expected
         assert_same_tensors(dict(e.named_master_parameters()), weights)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_file_and_the_staging_are_as_large_as_planned(policy, folder):
+    with engine_for(paged(True), memory=MemoryConfig(nvme_dir=folder, **POLICIES[policy])) as engine:
+        store, plan = engine._runtime.store, engine.plan
+        found = os.fstat(store._nvme._engine._fd)
+        assert found.st_size == plan.num_bytes("nvme")
+        assert abs(found.st_blocks * 512 - found.st_size) <= 1 << 16  # taken now, not when it is written
+        planned = {line.purpose: line.num_bytes for line in plan.lines}
+        for part, purpose in ((store.pages, "nvme staging, updates"), (store.loads, "nvme staging, loads")):
+            held = 0 if part is None else sum(region.numel() for region in part._arena.regions)
+            assert held == planned[purpose], purpose
 
 
 def test_blocks_in_hbm_beside_states_on_nvme(folder):

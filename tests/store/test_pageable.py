@@ -102,6 +102,24 @@ def test_training_is_the_same_whatever_can_be_registered(cuda, monkeypatch, dtyp
         assert_same_tensors(weights, found[0][1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_stay_where_they_are_beside_pageable_memory(cuda, monkeypatch, dtype):
+    """Their staging was made for where they were."""
+    cuda(0)
+    found = []
+    for pins in (False, True):
+        monkeypatch.setattr("horizon.runtime.pins", lambda device, pins=pins: pins)
+        memory = MemoryConfig(policy="hbm_first", device_budget="8MiB")
+        with engine_for(build("llama", tie_word_embeddings=True), memory=memory, compute_dtype=dtype) as engine:
+            before = engine._runtime.store.in_hbm
+            engine.plan_micro_batch(2, 12)
+            assert (engine._runtime.store.in_hbm == before) is pins
+            losses = [engine.step(plain(seed)).loss for seed in range(3)]
+            found.append((losses, dict(engine.named_master_parameters())))
+    assert found[1][0] == found[0][0]
+    assert_same_tensors(found[1][1], found[0][1])
+
+
 # ---- pieces
 
 
