@@ -15,7 +15,7 @@ from horizon.models.blocks import BlockModel
 from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.gradients import GradientSlots
 
-LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # (logits [B, T, V], batch) -> scalar
+LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor | float]  # (logits [B, T, V], batch) -> a number
 
 
 def chunk_tokens(vocab_size: int, chunk_bytes: int) -> int:
