@@ -116,16 +116,18 @@ class Engine:
     # ---- training
 
     def step(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> StepResult:
-        """One optimizer step: forward, backward, clip, update.
+        """One optimizer step: forward, backward, clip, update; of zeroth order, two forward passes a query.
 
         Args:
             batch: dict of `input_ids`, `labels` (not shifted, -100 = not trained) and optionally `attention_mask`,
                 `position_ids`, each [rows, tokens]; or a list of such dicts, the step's micro-batches.
             loss_fn: (logits [rows, tokens, vocabulary], batch) -> scalar, instead of next-token cross-entropy; the
-                losses of several micro-batches are averaged by their trained tokens. Holds a micro-batch's logits.
+                losses of several micro-batches are averaged by their trained tokens. Holds a micro-batch's logits. Of
+                zeroth order any number will do; else it must be a tensor with a gradient.
 
         Returns:
-            loss, gradient norm, trained tokens, seconds. The update itself runs on behind the next step's forward.
+            loss, gradient norm (or projected gradients), trained tokens, seconds. The update itself runs on behind the
+            next step's forward.
 
         Raises:
             BatchError, NonFiniteError: the step was not applied; the engine can go on. Without clipping, a gradient

@@ -17,7 +17,7 @@ from horizon.stream.gradients import GradientSlots
 
 LEAST_CHUNK_BYTES = 256 << 20
 
-LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # (logits [B, T, V], batch) -> scalar
+LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor | float]  # (logits [B, T, V], batch) -> a number
 
 
 def chunk_bytes(most: int, device_limit: int) -> int:

@@ -282,7 +282,7 @@ def test_lagged_steps_are_those_of_a_loop_that_lags(tied, limit):
 
 
 def test_a_lagged_run_holds_a_ring_of_gradients_and_says_what_it_is(caplog):
-    with caplog.at_level(logging.WARNING, "horizon.engine"), engine_for(deep(False), clip="lagged") as engine:
+    with caplog.at_level(logging.WARNING, "horizon.building"), engine_for(deep(False), clip="lagged") as engine:
         assert "gradient ring" in engine.plan.table()
     assert "lagged clipping: not exact" in caplog.text
 
