@@ -342,8 +342,6 @@ class Engine:
         self._require_open()
         return self._runtime.recorded(*(None if file is None else Path(file) for file in (path, picture)))
 
-    # ---- life
-
     def close(self) -> None:
         """Stop the workers, when a save under way is on disk, and release all memory. Idempotent."""
         if not self._closed:
