@@ -64,10 +64,8 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "horizon: ConfigError: 'trian' is no command; expected train, plan, doctor, check, replay (horizon --help)\n"
-    )
+    expected = "train, plan, doctor, check, replay, export, import, checkpoint (horizon --help)"
+    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {expected}\n"
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -167,7 +165,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "plan", "doctor", "check", "replay"]),
+        ("horizon ", ["train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint"]),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
@@ -244,6 +242,7 @@ def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(h
         (["optim.lrr=1"], "ConfigError: optim.lrr is no setting; did you mean optim.lr?"),
         (["machine=nowhere.yaml"], "ConfigError: machine=nowhere.yaml: no such file;"),
         (["--jsn"], "ConfigError: horizon plan has no flag --jsn; expected --json"),
+        (["optim=mezo"], "ConfigError: optim=mezo: only steps of AdamW are planned ahead"),
         (["train.batch_size=0"], "ConfigError: train.batch_size=0 must be at least 1"),
         (["machine=h200", "device=cuda:3"], "ConfigError: device='cuda:3', but the machine"),
         (["model.path=nowhere"], "CheckpointError: no such folder"),

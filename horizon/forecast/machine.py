@@ -18,6 +18,7 @@ from horizon.plan.machine import (
     TYPICAL_CONTEXT,
     free_device_bytes,
     memory_limits,
+    nvme_bytes,
     resolve_device,
     resolve_dtype,
 )
@@ -60,7 +61,15 @@ class Target:
             host = memory_limits(memory, torch.device("cpu")).host
         elif memory.host_budget != "auto":
             host = parse_bytes(memory.host_budget, "memory.host_budget")
-        return Limits(host, self._device_limit(memory, host))
+        return Limits(host, self._device_limit(memory, host), nvme=self._nvme_limit(memory))
+
+    def _nvme_limit(self, memory: MemoryConfig) -> int:
+        if self.here:
+            return nvme_bytes(memory)
+        if memory.nvme_dir is not None and memory.nvme_budget != "auto":
+            return parse_bytes(memory.nvme_budget, "memory.nvme_budget")
+        disk = self.facts.tiers.get("nvme")
+        return 0 if memory.nvme_dir is None or disk is None else disk.num_bytes
 
     def _device_limit(self, memory: MemoryConfig, host: int) -> int:
         if memory.device_budget != "auto":

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW
 from horizon.optim.states import UpdateStates
@@ -43,7 +43,13 @@ def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtyp
 def measure_update_rate(num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
     """Parameters per second, with nothing else using the host's memory."""
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
-    store = HostStore([layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments))
+    store = HostStore(
+        [layout],
+        pin=False,
+        pin_residual=False,
+        moments=Moments(optimizer.moments),
+        master=MasterFormat(optimizer.master),
+    )
     buffers = KeptGradients([layout], grad_dtype, pin=False)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
 

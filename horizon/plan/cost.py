@@ -14,10 +14,11 @@ import torch
 from horizon.config.schema import Recompute
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
+from horizon.plan.disk import loaded_states
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
 from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, num_bytes
+from horizon.plan.states import num_bytes
 from horizon.plan.traffic import loaded_elements
 
 HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
@@ -94,7 +95,7 @@ def step_cost(
     first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
     shares = [num / times.num_tokens for num in tokens]
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
-    element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+    element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
 
     def block(layout: BlockLayout) -> BlockCost:
         if layout.index == 0:
@@ -144,7 +145,7 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
 
 def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:
     """Bytes that an update on the device reads and writes."""
-    states = num_bytes((*MASTER, *MOMENTS[needs.moments]), [layout])
+    states = num_bytes(needs.states, [layout])
     return 2 * states + layout.num_trainable * needs.grad_dtype.itemsize
 
 

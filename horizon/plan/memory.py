@@ -1,7 +1,7 @@
 """What a run will use, decided before anything is allocated: bytes per tier and purpose, and what fits.
 
 Pure arithmetic on layouts, budgets and measured facts that are passed in. Host = DRAM; device = GPU memory, or, on a
-CPU-only run, the part of DRAM that stands in for it.
+CPU-only run, the part of DRAM that stands in for it; nvme = a file.
 """
 
 from __future__ import annotations
@@ -11,16 +11,28 @@ from dataclasses import dataclass, field
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.disk import (
+    LOAD_BUFFERS,
+    UPDATE_PAGES,
+    Place,
+    Placement,
+    load_buffer_bytes,
+    loaded_states,
+    map_disk,
+    on_tier,
+    update_page_bytes,
+)
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, num_bytes
+from horizon.plan.states import MOMENTS, State, num_bytes, states_of
 from horizon.units import GIB, MIB, format_bytes
 
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
+TIERS = ("host", "nvme", "device")
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
 
 
@@ -41,6 +53,16 @@ class Limits:
     device: int
     host_key: str = "memory.host_budget"
     device_key: str = "memory.device_budget"
+    nvme: int = 0
+    nvme_key: str = "memory.nvme_budget"
+
+    def of(self, tier: str) -> tuple[int, str]:
+        """(bytes, setting) of a tier."""
+        return {
+            "host": (self.host, self.host_key),
+            "nvme": (self.nvme, self.nvme_key),
+            "device": (self.device, self.device_key),
+        }[tier]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +87,19 @@ class MemoryPlan:
         """The plan as text, one line per tier and purpose."""
         head = f"{self.num_blocks} blocks, {self.num_parameters:,} parameters"
         rows = [f"  {line.tier:<7}{line.purpose:<34}{format_bytes(line.num_bytes):>12}" for line in self._all()]
-        for tier, limit in (("host", self.limits.host), ("device", self.limits.device)):
-            total = format_bytes(self.num_bytes(tier))
-            rows.append(f"  {tier:<7}{'predicted peak':<34}{total:>12}  of {format_bytes(limit)}")
-        return "\n".join([head, *rows, *([f"  {self.prediction.describe()}"] if self.prediction else [])])
+        for tier in TIERS:
+            total, (limit, _) = self.num_bytes(tier), self.limits.of(tier)
+            if total or tier != "nvme":
+                rows.append(f"  {tier:<7}{'predicted peak':<34}{format_bytes(total):>12}  of {format_bytes(limit)}")
+        if self.prediction:
+            rows.append(f"  {self.prediction.describe()}")
+        elif self.num_bytes("nvme"):
+            rows.append("  step time not predicted: the disk has no part in the prediction yet")
+        return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]
-        return sorted(lines, key=lambda line: line.tier != "host")
+        return sorted(lines, key=lambda line: TIERS.index(line.tier))
 
     def with_activations(self, lines: Sequence[Line], prediction: StepPrediction | None = None) -> MemoryPlan:
         """This plan for a known batch shape."""
@@ -92,6 +119,23 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
+    master: MasterFormat = MasterFormat.split
+    placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
+    saving: int = 0  # bytes that checkpoints are written from
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """What every block has, gradients apart."""
+        return states_of(self.master, self.moments)
+
+    @property
+    def on_nvme(self) -> frozenset[Place]:
+        """States of blocks that are on nvme."""
+        return on_tier(self.placed, Tier.nvme)
+
+    def tier(self, state: State, block: int) -> Tier:
+        """Where a state of a block is."""
+        return Tier.hbm if block in self.in_hbm else self.placed.get((state.name, block), Tier.dram)
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -110,12 +154,12 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     """The fixed memory of an engine, by tier and purpose."""
     on_host = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     on_device = [lay for lay in needs.layouts if lay.index in needs.in_hbm]
-    moments, gradients = MOMENTS[needs.moments], "gradients" if needs.keeps_gradients else "gradient ring"
+    gradients = "gradients" if needs.keeps_gradients else "gradient ring"
     lines = [
-        Line("host", "weights (bf16)", num_bytes(MASTER[:1], on_host)),
-        Line("host", "residual (low halves)", num_bytes(MASTER[1:], on_host)),
-        Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", num_bytes(moments, on_host)),
+        *_state_lines(needs, Tier.dram, "host"),
         Line("host", gradients, _gradient_bytes(needs, on_host)),
+        *_nvme_lines(needs),
+        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -123,10 +167,43 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     ]
     if on_device:
         lines += [
-            Line("device", f"states of {len(on_device)} blocks", num_bytes((*MASTER, *moments), on_device)),
+            Line("device", f"states of {len(on_device)} blocks", num_bytes(needs.states, on_device)),
             Line("device", f"{gradients} of {len(on_device)} blocks", _gradient_bytes(needs, on_device)),
         ]
     return tuple(lines)
+
+
+def _state_lines(needs: MemoryNeeds, tier: Tier, name: str) -> list[Line]:
+    """What one tier of the host holds of every kind of state."""
+    kinds = {
+        "weights (bf16)": [s for s in needs.states if s.name == "weights"],
+        "residual (low halves)": [s for s in needs.states if s.name == "residual"],
+        f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})": MOMENTS[needs.moments],
+    }
+    return [
+        Line(
+            name,
+            purpose,
+            sum(s.num_bytes(lay) for s in of for lay in needs.layouts if needs.tier(s, lay.index) is tier),
+        )
+        for purpose, of in kinds.items()
+    ]
+
+
+def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
+    """What the nvme tier holds, and the host memory it passes through."""
+    states, layouts, places = needs.states, needs.layouts, needs.on_nvme
+    if not places:
+        return []
+    lines = _state_lines(needs, Tier.nvme, "nvme")
+    padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
+    loaded = loaded_states(states, needs.compute_dtype)
+    return [
+        Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, places)),
+        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
+        *lines,
+        Line("nvme", "padding", padding),
+    ]
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
@@ -146,8 +223,9 @@ def _remedy(plan: MemoryPlan, needs: MemoryNeeds) -> str:
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:
-    """Device bytes of the weight slots: fp32 needs room for both halves and the joined values."""
-    per_element = 2 if needs.compute_dtype is torch.bfloat16 else 8
+    """Device bytes of the weight slots: fp32 needs room for what is loaded and the joined values."""
+    halves = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
+    per_element = halves if needs.compute_dtype is torch.bfloat16 else halves + 4
     return needs.weight_slots * per_element * slot_elements(needs.layouts, needs.in_hbm, needs.compute_dtype)
 
 
@@ -178,19 +256,17 @@ def gradient_slot_elements(
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:
     """Raise BudgetError when a tier's planned bytes exceed its limit."""
-    for tier, limit, key, slack in (
-        ("host", plan.limits.host, plan.limits.host_key, PROCESS_DRIFT),
-        ("device", plan.limits.device, plan.limits.device_key, 0),
-    ):
-        need = plan.num_bytes(tier)
+    for tier, slack in (("host", PROCESS_DRIFT), ("device", 0), ("nvme", 0)):
+        need, (limit, key) = plan.num_bytes(tier), plan.limits.of(tier)
         if need > limit:
+            kind = "space" if tier == "nvme" else "memory"
             parts = ", ".join(
                 f"{line.purpose} {format_bytes(line.num_bytes)}"
                 for line in (*plan.lines, *plan.activations)
                 if line.tier == tier and line.num_bytes
             )
             raise BudgetError(
-                f"needs {format_bytes(need)} of {tier} memory ({parts}) but {format_bytes(limit)} is allowed, "
+                f"needs {format_bytes(need)} of {tier} {kind} ({parts}) but {format_bytes(limit)} is allowed, "
                 f"{format_bytes(need - limit)} too little; the smallest {key} that works is {round_up(need + slack)} "
                 f"(or use {remedy})",
                 tier,
