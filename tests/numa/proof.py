@@ -1,4 +1,4 @@
-"""Runs as init in the virtual machine: binds, touches and looks up memory with horizon's own code; prints JSON lines."""
+"""Init in the virtual machine: binds, touches and looks up memory with horizon's own code; prints JSON lines."""
 
 import collections
 import ctypes
