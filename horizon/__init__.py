@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from horizon import errors
-    from horizon.config.schema import MemoryConfig
+    from horizon.config.schema import MemoryConfig, SimulatedCxl
     from horizon.engine import Engine
     from horizon.optim.adamw import AdamW
     from horizon.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Engine", "MemoryConfig", "Trainer", "__version__", "errors"]
+__all__ = ["AdamW", "Engine", "MemoryConfig", "SimulatedCxl", "Trainer", "__version__", "errors"]
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
     "Engine": "horizon.engine",
     "MemoryConfig": "horizon.config.schema",
+    "SimulatedCxl": "horizon.config.schema",
     "Trainer": "horizon.trainer",
 }
 

@@ -7,6 +7,7 @@ Everything that may be refused is refused by the plan, before the store is alloc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -26,10 +27,12 @@ from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.device import can_update, make_updater
-from horizon.optim.rate import measure_rates
+from horizon.optim.pace import simulated_pace
+from horizon.optim.rate import cxl_bytes_per_s, measure_rates
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.plan.cost import Rates
+from horizon.plan.cxl import CxlTier, read_cxl
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
@@ -43,11 +46,13 @@ from horizon.plan.machine import (
 )
 from horizon.plan.memory import MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
+from horizon.plan.topology import read_topology
 from horizon.plan.traffic import least_traffic
 from horizon.planner import StepPlanner
 from horizon.report.recording import Recording, record_steps
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
+from horizon.store.numa import bindable
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
@@ -58,6 +63,7 @@ from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
@@ -75,7 +81,9 @@ class Runtime:
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
             pin_residual = needs.compute_dtype is torch.float32
-            self.store = HostStore(model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments)
+            self.store = HostStore(
+                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.nodes
+            )
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
@@ -85,7 +93,7 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            activations = Activations(self.executor, self.streams, recompute, token_bytes)
+            activations = Activations(self.executor, self.streams, recompute, token_bytes, needs.cxl.boundary_nodes)
             release.callback(activations.close)
             self.planner = StepPlanner(self, placer, activations, Predictor(self.executor, rates, token_bytes))
             release.callback(delattr, self, "planner")  # it holds the executor, too
@@ -104,7 +112,7 @@ class Runtime:
     def _start_updater(self, needs: MemoryNeeds) -> None:
         self._updater = make_updater(
             self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
-            self.streams, lambda block: self.buffers.release(block), self._seed,
+            self.streams, lambda block: self.buffers.release(block), self._seed, simulated_pace(needs),
         )  # fmt: skip
 
     @property
@@ -246,7 +254,8 @@ class Runtime:
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""
         names = [layout.name for layout in self.model.layouts]
-        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture)
+        title = f"horizon, {self.needs.cxl.name}" if self.needs.cxl.simulated else "horizon"
+        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture, title)
 
     # ---- memory
 
@@ -301,19 +310,15 @@ def build_runtime(
     model.to(target)
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
     rates = measure_rates(target, num_threads, dtype, optimizer)
-    limits = memory_limits(memory, target)
+    cxl = _cxl_tier(memory)
+    rates = replace(rates, cxl_bytes_per_s=cxl_bytes_per_s(cxl, num_threads, dtype, optimizer))
+    limits = memory_limits(memory, target, cxl)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments = Moments(optimizer.moments)
     needs = MemoryNeeds(
-        model.layouts,
-        dtype,
-        dtype,
-        keeps_gradients,
-        memory.weight_slots,
-        host_overhead(target),
-        overhead,
-        moments=moments,
-    )
+        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
+        moments=moments, cxl=cxl,
+    )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
@@ -324,3 +329,13 @@ def build_runtime(
         runtime.close()
         raise
     return runtime
+
+
+def _cxl_tier(memory: MemoryConfig) -> CxlTier:
+    """The tier that the settings ask for, on the nodes of this machine."""
+    cxl = read_cxl(memory, read_topology(), bindable())
+    if cxl.simulated:
+        log.warning(cxl.describe())
+    elif cxl.num_bytes:
+        log.info(cxl.describe())
+    return cxl

@@ -122,6 +122,7 @@ class Trainer:
             clip=self._clipping.note,
             clipped_steps=sum(row.clip_scale < 1 for row in self.rows),
             corrected_blocks=sum(row.corrected_blocks for row in self.rows),
+            simulated=engine.plan.limits.cxl.simulated,
             validation_loss_before=loss_before,
             validation_loss_after=loss_after,
             sample_before=sample_before,
@@ -135,10 +136,12 @@ class Trainer:
     def _train(self, engine: Engine, loader: Loader) -> StepSplit:
         """All steps, a few of which are recorded: where their time went."""
         num_steps = self.config.train.steps
-        note = self._clipping.note if self._clipping.mode is Clip.lagged else ""
+        notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
+        if engine.plan.limits.cxl.simulated:
+            notes.append(f"[{engine.plan.limits.cxl.name}]")
         first, last = recorded_steps(num_steps)
         files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
-        with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps, note=note) as display:
+        with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps, note=" ".join(notes)) as display:
 
             def train_until(step: int) -> None:
                 while len(self.rows) < step:
@@ -185,6 +188,7 @@ class Trainer:
             skipped=result.skipped,
             clip_scale=result.clip_scale,
             corrected_blocks=result.corrected_blocks,
+            simulated=engine.plan.limits.cxl.simulated,
             time=time.time(),
         )
 
@@ -209,6 +213,8 @@ class Trainer:
         if self._clipping.mode is not Clip.exact:
             corrected = f", {summary.corrected_blocks} updates of blocks corrected" if summary.corrected_blocks else ""
             print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
+        if summary.simulated:
+            print("the cxl tier was simulated: none of these times is that of a real one")
         print(describe_split(summary.split))
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
         if summary.trace_file is not None:

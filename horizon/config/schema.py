@@ -47,6 +47,14 @@ class Policy(StrEnum):
     auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; on CPU as dram
     dram = "dram"  # the states of all blocks on the host
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
+    cxl_aware = "cxl_aware"  # what the update touches most stays in dram, what finds no room there goes to cxl
+    interleave = "interleave"  # every state over all dram and cxl nodes, page by page: the naive baseline
+
+
+class Tier(StrEnum):
+    hbm = "hbm"  # device memory: all states of a block or none
+    dram = "dram"  # host memory
+    cxl = "cxl"  # host memory on other NUMA nodes
 
 
 class Clip(StrEnum):
@@ -119,13 +127,24 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SimulatedCxl:
+    """A stand-in for the cxl tier in ordinary memory, slowed down; every output calls it simulated."""
+
+    size: str | None = None  # such as 64GiB; null: no stand-in
+    gb_per_s: float = 20.0  # 1e9 bytes read and written in a second by update threads and, on CPU, by copies
+
+
+@dataclass(kw_only=True, slots=True)
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
     host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
-    policy: Policy = Policy.auto  # which blocks' states live in device memory, and are updated there
+    policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
+    cxl_nodes: Any = "auto"  # NUMA nodes of the cxl tier, such as [2,3]; auto: those that have memory and no CPUs
+    cxl_budget: str = "auto"  # bytes on the cxl tier; auto: what is free on its nodes
+    cxl_simulated: SimulatedCxl = field(default_factory=SimulatedCxl)
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one

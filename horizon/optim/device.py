@@ -16,6 +16,7 @@ from horizon.errors import HorizonError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, step_scalars
 from horizon.optim.chunks import cut_chunks
+from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater, load_update
 from horizon.store.ledger import Ledger
@@ -192,12 +193,13 @@ def make_updater(
     streams: Streams,
     release: Callable[[int], None],
     seed: int = 0,
+    pace: Pace | None = None,
 ) -> Updater | TieredUpdater:
     """Who updates the blocks of a model of which `in_hbm` have their states on the device, with moments in fp32.
 
     Args:
         states: gives a block's tensors by name, its gradient as `grads`.
-        seed: as `Updater` takes it.
+        seed, pace: as `Updater` takes them.
     """
 
     def arrays(block: int) -> UpdateStates:
@@ -208,7 +210,9 @@ def make_updater(
 
     # Blocks with nothing to train are known to both: whoever has a step's first block publishes them.
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
-    host = Updater(on_host, arrays, ledger, adamw, num_threads, release, seed=seed, timeline=streams.timeline)
+    host = Updater(
+        on_host, arrays, ledger, adamw, num_threads, release, seed=seed, timeline=streams.timeline, pace=pace
+    )
     if not in_hbm:
         return host
     on_device = [lay for lay in layouts if lay.index in in_hbm or not lay.num_trainable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import lru_cache
 
@@ -13,6 +14,8 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater
 from horizon.plan.cost import Rates
+from horizon.plan.cxl import CxlTier
+from horizon.plan.states import MASTER, MOMENTS
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
 from horizon.stream.streams import Streams
@@ -40,11 +43,24 @@ def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtyp
     )
 
 
-def measure_update_rate(num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
-    """Parameters per second, with nothing else using the host's memory."""
+def cxl_bytes_per_s(cxl: CxlTier, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
+    """Bytes that updates read and write in a second with all states on the tier; inf without one."""
+    if cxl.bytes_per_s is not None or not cxl.num_bytes:
+        return cxl.bytes_per_s or math.inf
+    moments = sum(2 * state.dtype.itemsize / state.group for state in MOMENTS[Moments(optimizer.moments)])
+    size = 2 * sum(state.dtype.itemsize for state in MASTER) + moments + grad_dtype.itemsize
+    num_parameters = min(PARAMETERS["cuda"], int(cxl.num_bytes / (2 * size)))
+    return size * measure_update_rate(num_parameters, num_threads, grad_dtype, optimizer, cxl.nodes)
+
+
+def measure_update_rate(
+    num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, nodes: tuple[int, ...] = ()
+) -> float:
+    """Parameters per second, with nothing else using the host's memory; all states on `nodes` where some are given."""
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
-    store = HostStore([layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments))
-    buffers = KeptGradients([layout], grad_dtype, pin=False)
+    moments = Moments(optimizer.moments)
+    store = HostStore([layout], pin=False, pin_residual=False, moments=moments, nodes=lambda *_: nodes)
+    buffers = KeptGradients([layout], grad_dtype, pin=False, nodes=lambda *_: nodes)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
 
     def states(block: int) -> UpdateStates:

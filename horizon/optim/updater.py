@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -27,6 +28,7 @@ from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
 from horizon.optim.moments import noise, update_torch_bfloat16, update_torch_int8
+from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates, traffic, update_order
 from horizon.store.ledger import Ledger
 from horizon.stream.timeline import Timeline
@@ -75,7 +77,7 @@ class _Pace:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
-    `seed` is that of the random bits with which moments of 16 or 8 bits are rounded.
+    `seed` is that of the random bits with which moments of 16 or 8 bits are rounded. `pace`: see `horizon.optim.pace`.
 
     A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
     until it calls `release(block index)`, just before the new version is published. A failure is recorded in `ledger`
@@ -97,6 +99,7 @@ class Updater:
         *,
         seed: int = 0,
         timeline: Timeline | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
             raise RuntimeError(
@@ -117,6 +120,7 @@ class Updater:
         self._update = load_update(self._moments)
         self._order = update_order(self._moments)
         self._timeline = timeline or Timeline()
+        self._pace_of = pace or (lambda block, arrays: nullcontext())
         self._threads: list[threading.Thread] = []
         self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
@@ -272,7 +276,8 @@ class Updater:
         parts = tuple(
             array[state.span(chunk.start, chunk.stop)] for array, state in zip(arrays, self._order, strict=True)
         )
-        with self._timeline.update(block.layout.index, traffic(parts)):
+        index = block.layout.index
+        with self._timeline.update(index, traffic(parts)), self._pace_of(index, parts):
             if block.work is not None:
                 block.work(number, parts, scalars)
             elif self._moments is Moments.float32:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Recompute
+from horizon.config.schema import Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
-from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
+from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.states import MASTER, MOMENTS, num_bytes
 from horizon.plan.traffic import loaded_elements
@@ -32,8 +32,9 @@ class Rates:
     up_bytes_per_s: float  # host to device
     down_bytes_per_s: float
     device_bytes_per_s: float  # read and written by kernels
-    updates_per_s: float  # parameters, by all threads of the optimizer together
+    updates_per_s: float  # parameters, by all threads of the optimizer together, with all states in dram
     overlaps: bool  # copies run beside kernels
+    cxl_bytes_per_s: float = math.inf  # read and written by updates of states on cxl
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def step_cost(
             add_s=0.0 if at_home else lent.get(layout.index, 0) * needs.grad_dtype.itemsize / rates.up_bytes_per_s,
             update_s=_update_bytes(layout, needs) / rates.device_bytes_per_s
             if at_home
-            else layout.num_trainable / rates.updates_per_s,
+            else _host_update_s(layout, needs, rates),
             buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
             offloads=layout.index in plan.offloaded,
             in_hbm=at_home,
@@ -140,6 +141,19 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
     """Elements of the block's gradient that cross the link: its own, and those of what it borrows."""
     own = sum(p.spec.numel for p in layout.trainable) if layout.index not in in_hbm else 0
     return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
+
+
+def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:
+    """An update by the host: at its pace in dram, or at that of cxl where what lies there takes longer."""
+
+    def share(state: str) -> float:
+        return 1.0 if needs.tier(state, layout.index) is Tier.cxl else needs.cxl.share
+
+    trained = {state.name: state.numel(layout) * state.dtype.itemsize for state in MOMENTS[needs.moments]}
+    trained |= {state.name: layout.num_trainable * state.dtype.itemsize for state in MASTER}
+    on_cxl = sum(2 * share(state) * num_bytes for state, num_bytes in trained.items())
+    on_cxl += share(GRADS) * layout.num_trainable * needs.grad_dtype.itemsize
+    return max(layout.num_trainable / rates.updates_per_s, on_cxl / rates.cxl_bytes_per_s)
 
 
 def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:

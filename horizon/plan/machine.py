@@ -9,7 +9,9 @@ import torch
 
 from horizon.config.schema import ComputeDtype, MemoryConfig
 from horizon.errors import ConfigError
+from horizon.plan.cxl import NO_CXL, CxlTier
 from horizon.plan.memory import Limits
+from horizon.plan.topology import read_topology
 from horizon.units import GIB, MIB, parse_bytes
 
 TYPICAL_CONTEXT = 640 * MIB  # where it cannot be measured, because it existed before Horizon looked
@@ -107,16 +109,20 @@ def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
     return 1 << 62
 
 
-def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
-    """Budgets in bytes; `auto` is what is available now, this process's own use included."""
+def memory_limits(memory: MemoryConfig, device: torch.device, cxl: CxlTier = NO_CXL) -> Limits:
+    """Budgets in bytes; `auto` is what is available now, this process's own use included, and no other tier's."""
     available = available_host_bytes() + process_bytes()
+    if cxl.dram_nodes:
+        available = min(available, read_topology().free_bytes(cxl.dram_nodes) + process_bytes())
+    if cxl.simulated:
+        available = max(0, available - cxl.num_bytes)
     host = available if memory.host_budget == "auto" else parse_bytes(memory.host_budget, "memory.host_budget")
     if memory.device_budget != "auto":
-        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"))
+        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), cxl=cxl)
     if device.type == "cpu":
-        return Limits(host, available)
+        return Limits(host, available, cxl=cxl)
     free, total = torch.cuda.mem_get_info(device)
-    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN)
+    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, cxl=cxl)
 
 
 def context_bytes(device: torch.device) -> int:

@@ -1,27 +1,33 @@
 """What a run will use, decided before anything is allocated: bytes per tier and purpose, and what fits.
 
 Pure arithmetic on layouts, budgets and measured facts that are passed in. Host = DRAM; device = GPU memory, or, on a
-CPU-only run, the part of DRAM that stands in for it.
+CPU-only run, the part of DRAM that stands in for it; cxl = memory on other NUMA nodes, or what stands in for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.cxl import NO_CXL, CxlTier
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, num_bytes
+from horizon.plan.states import MASTER, MOMENTS, State, num_bytes
 from horizon.units import GIB, MIB, format_bytes
 
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
+GRADS = "grads"
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
+
+ON_HOST = Tier.dram, Tier.cxl
+Place = tuple[str, int]  # state, block
+Placement = Mapping[Place, Tier]  # of states of blocks on the host that are not in dram
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,20 @@ class Limits:
     device: int
     host_key: str = "memory.host_budget"
     device_key: str = "memory.device_budget"
+    cxl: CxlTier = NO_CXL
+
+    def of(self, tier: str) -> tuple[int, str]:
+        """(bytes, setting) of a tier."""
+        return {
+            "host": (self.host, self.host_key),
+            self.cxl.name: (self.cxl.num_bytes, self.cxl.budget_key),
+            "device": (self.device, self.device_key),
+        }[tier]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """In the order in which a plan shows them."""
+        return "host", self.cxl.name, "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +84,19 @@ class MemoryPlan:
     def table(self) -> str:
         """The plan as text, one line per tier and purpose."""
         head = f"{self.num_blocks} blocks, {self.num_parameters:,} parameters"
-        rows = [f"  {line.tier:<7}{line.purpose:<34}{format_bytes(line.num_bytes):>12}" for line in self._all()]
-        for tier, limit in (("host", self.limits.host), ("device", self.limits.device)):
-            total = format_bytes(self.num_bytes(tier))
-            rows.append(f"  {tier:<7}{'predicted peak':<34}{total:>12}  of {format_bytes(limit)}")
+        used = [tier for tier in self.limits.tiers if tier in ("host", "device") or self.num_bytes(tier)]
+        wide = 2 + max(5, *map(len, used))
+        rows = [f"  {line.tier:<{wide}}{line.purpose:<34}{format_bytes(line.num_bytes):>12}" for line in self._all()]
+        for tier in used:
+            total, limit = format_bytes(self.num_bytes(tier)), format_bytes(self.limits.of(tier)[0])
+            rows.append(f"  {tier:<{wide}}{'predicted peak':<34}{total:>12}  of {limit}")
+        if self.limits.cxl.simulated:
+            rows.append(f"  {self.limits.cxl.describe()}")
         return "\n".join([head, *rows, *([f"  {self.prediction.describe()}"] if self.prediction else [])])
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]
-        return sorted(lines, key=lambda line: line.tier != "host")
+        return sorted(lines, key=lambda line: self.limits.tiers.index(line.tier))
 
     def with_activations(self, lines: Sequence[Line], prediction: StepPrediction | None = None) -> MemoryPlan:
         """This plan for a known batch shape."""
@@ -92,6 +116,21 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
+    placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
+    cxl: CxlTier = NO_CXL
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """What every block has, gradients apart."""
+        return (*MASTER, *MOMENTS[self.moments])
+
+    def tier(self, state: str, block: int) -> Tier:
+        """Where a state of a block, or its gradient, is."""
+        return Tier.hbm if block in self.in_hbm else self.placed.get((state, block), Tier.dram)
+
+    def nodes(self, state: str, block: int) -> tuple[int, ...]:
+        """NUMA nodes that a state on the host is striped over; none: the kernel decides."""
+        return self.cxl.nodes_of(self.tier(state, block))
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -108,14 +147,11 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
 
 def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     """The fixed memory of an engine, by tier and purpose."""
-    on_host = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     on_device = [lay for lay in needs.layouts if lay.index in needs.in_hbm]
-    moments, gradients = MOMENTS[needs.moments], "gradients" if needs.keeps_gradients else "gradient ring"
+    gradients = "gradients" if needs.keeps_gradients else "gradient ring"
     lines = [
-        Line("host", "weights (bf16)", num_bytes(MASTER[:1], on_host)),
-        Line("host", "residual (low halves)", num_bytes(MASTER[1:], on_host)),
-        Line("host", f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})", num_bytes(moments, on_host)),
-        Line("host", gradients, _gradient_bytes(needs, on_host)),
+        *_state_lines(needs),
+        *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -123,10 +159,41 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     ]
     if on_device:
         lines += [
-            Line("device", f"states of {len(on_device)} blocks", num_bytes((*MASTER, *moments), on_device)),
+            Line("device", f"states of {len(on_device)} blocks", num_bytes(needs.states, on_device)),
             Line("device", f"{gradients} of {len(on_device)} blocks", _gradient_bytes(needs, on_device)),
         ]
     return tuple(lines)
+
+
+def _state_lines(needs: MemoryNeeds) -> list[Line]:
+    """What the host's tiers hold of every kind of state."""
+    kinds = {
+        "weights (bf16)": MASTER[:1],
+        "residual (low halves)": MASTER[1:],
+        f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})": MOMENTS[needs.moments],
+    }
+
+    def held(states: Sequence[State], tier: Tier) -> int:
+        of_tier = ((s, lay) for s in states for lay in needs.layouts if needs.tier(s.name, lay.index) is tier)
+        return sum(s.num_bytes(lay) for s, lay in of_tier)
+
+    return [
+        line
+        for purpose, states in kinds.items()
+        for line in host_lines(needs.cxl, purpose, *(held(states, tier) for tier in ON_HOST))
+    ]
+
+
+def host_lines(cxl: CxlTier, purpose: str, dram: int, on_cxl: int) -> list[Line]:
+    """The lines of what lies in dram and on cxl; interleaving moves a share of both."""
+    away = on_cxl + int(cxl.share * dram)
+    lines = [Line("host", purpose, dram + on_cxl - away)]
+    return [*lines, Line(cxl.name, purpose, away)] if away else lines
+
+
+def _of_tier(needs: MemoryNeeds, tier: Tier) -> list[BlockLayout]:
+    """Blocks whose gradients are there."""
+    return [lay for lay in needs.layouts if needs.tier(GRADS, lay.index) is tier]
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
@@ -178,11 +245,8 @@ def gradient_slot_elements(
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:
     """Raise BudgetError when a tier's planned bytes exceed its limit."""
-    for tier, limit, key, slack in (
-        ("host", plan.limits.host, plan.limits.host_key, PROCESS_DRIFT),
-        ("device", plan.limits.device, plan.limits.device_key, 0),
-    ):
-        need = plan.num_bytes(tier)
+    for tier in plan.limits.tiers:
+        need, (limit, key), slack = plan.num_bytes(tier), plan.limits.of(tier), PROCESS_DRIFT if tier == "host" else 0
         if need > limit:
             parts = ", ".join(
                 f"{line.purpose} {format_bytes(line.num_bytes)}"

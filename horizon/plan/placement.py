@@ -19,6 +19,8 @@ from horizon.config.schema import MemoryConfig, Moments, Policy
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
+from horizon.plan.cxl import POLICIES as CXL_POLICIES
+from horizon.plan.levels import fill_dram
 from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines
 from horizon.units import GIB
 
@@ -41,15 +43,14 @@ class Placer:
     @property
     def moves(self) -> bool:
         """Whether the placement follows what activations need."""
-        return self.policy is not Policy.dram and self.num_blocks is None
+        return self.policy in (Policy.auto, Policy.hbm_first) and self.num_blocks is None
 
     def place(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
         """`needs` with the blocks that go to HBM when `reserve` bytes of the device are left for activations."""
-        if self.num_blocks is not None:
-            return replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks))
-        if self.policy is Policy.dram:
-            return replace(needs, in_hbm=frozenset())
-        return replace(needs, in_hbm=choose_placement(needs, limits, reserve))
+        if self.moves:
+            return replace(needs, in_hbm=choose_placement(needs, limits, reserve))
+        needs = replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks or 0))
+        return fill_dram(needs, limits) if self.policy is Policy.cxl_aware else needs
 
     def bases(self, needs: MemoryNeeds, limits: Limits) -> list[MemoryNeeds]:
         """What is in HBM before activations have their share: the first of these that leaves enough for them.
@@ -64,7 +65,8 @@ class Placer:
 
     def make_room(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
         """As `place`, but no block moves to HBM that is not there already."""
-        return replace(needs, in_hbm=needs.in_hbm & self.place(needs, limits, reserve).in_hbm)
+        placed = self.place(needs, limits, reserve)
+        return replace(placed, in_hbm=needs.in_hbm & placed.in_hbm)
 
 
 def read_policy(
@@ -84,8 +86,8 @@ def read_policy(
     policy, wanted = choice(Policy, memory.policy, "memory.policy"), memory.hbm_blocks
     if wanted is not None and not 0 <= wanted <= num_blocks:
         raise ConfigError(f"memory.hbm_blocks={wanted}: expected null, or 0 to {num_blocks}, the model's blocks")
-    if wanted and policy is Policy.dram:
-        raise ConfigError(f"memory.hbm_blocks={wanted} with memory.policy=dram, which has none there; use auto")
+    if wanted and policy in (Policy.dram, *CXL_POLICIES):
+        raise ConfigError(f"memory.hbm_blocks={wanted} with memory.policy={policy}, which has none there; use auto")
     if (wanted or policy is Policy.hbm_first) and not can_update:
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
     if (wanted or policy is Policy.hbm_first) and moments is not Moments.float32:

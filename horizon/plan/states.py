@@ -32,6 +32,10 @@ class State:
         num_elements = layout.num_elements if self.frozen else layout.num_trainable
         return num_elements // self.group  # both are multiples of any group
 
+    def num_bytes(self, layout: BlockLayout) -> int:
+        """Bytes of this state of a block."""
+        return self.numel(layout) * self.dtype.itemsize
+
     def span(self, start: int, stop: int) -> slice:
         """Where the numbers lie that stand for elements `start` (a multiple of the group) to `stop` of a block."""
         return slice(start // self.group, -(-stop // self.group))
@@ -53,4 +57,4 @@ MOMENTS = {
 def num_bytes(states: Iterable[State], layouts: Iterable[BlockLayout]) -> int:
     """Bytes of `states` of all blocks together."""
     layouts = tuple(layouts)
-    return sum(state.numel(layout) * state.dtype.itemsize for state in states for layout in layouts)
+    return sum(state.num_bytes(layout) for state in states for layout in layouts)

@@ -24,7 +24,7 @@ class Node:
     id: int
     cpus: tuple[int, ...]
     total_bytes: int
-    free_bytes: int  # unused, or clean page cache that nobody reads at the moment
+    free_bytes: int  # unused, or page cache, which the kernel gives up
     distances: Mapping[int, int] = field(default_factory=dict)  # to each online node; 10: itself
 
     @property
@@ -71,7 +71,7 @@ class Topology:
             if not found:
                 raise ConfigError(
                     f"memory.cxl_nodes=auto: no memory-only NUMA node is online here, found {self}; name nodes "
-                    "(memory.cxl_nodes=[1]), study policies with memory.cxl_simulated.gib, or use memory.policy=dram"
+                    "(memory.cxl_nodes=[1]), study policies with memory.cxl_simulated.size, or use memory.policy=dram"
                 )
             return found
         if isinstance(wanted, str) or not wanted or not all(isinstance(node, int) for node in wanted):
@@ -102,7 +102,7 @@ def _read_node(folder: Path, number: int, online: Sequence[int]) -> Node:
         number,
         parse_list(_read(folder / "cpulist")),
         sizes.get("MemTotal", 0),
-        sizes.get("MemFree", 0) + sizes.get("Inactive(file)", 0),
+        sum(sizes.get(key, 0) for key in ("MemFree", "Active(file)", "Inactive(file)")),
         dict(zip(online, distances, strict=False)),  # the kernel lists online nodes only
     )
 

@@ -19,7 +19,7 @@ from horizon.layout import BlockLayout, Param
 from horizon.plan.states import MASTER, MOMENTS, State
 from horizon.store.ledger import Ledger
 from horizon.store.split import join_master, split_master
-from horizon.store.tiers import NOWHERE, TieredState
+from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,9 @@ class HostStore:
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
         moments: Moments = Moments.float32,
+        nodes: Nodes = anywhere,
     ):
+        self._nodes = nodes
         self.layouts = tuple(layouts)
         self.in_hbm = frozenset(in_hbm)
         self._device = device
@@ -62,7 +64,9 @@ class HostStore:
 
     def _allocate(self, state: State, pin: bool) -> list[Tensor]:
         numels = [state.numel(lay) for lay in self.layouts]
-        self._states[state.name] = TieredState(numels, state.dtype, state.name, pin, self._device, self.in_hbm)
+        self._states[state.name] = TieredState(
+            numels, state.dtype, state.name, pin, self._device, self.in_hbm, self._nodes
+        )
         return self._states[state.name].blocks
 
     def states(self, block: int) -> dict[str, Tensor]:

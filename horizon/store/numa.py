@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import platform
@@ -19,9 +20,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from horizon.errors import BudgetError, ConfigError
+from horizon.errors import BudgetError, ConfigError, HorizonError
 from horizon.plan.topology import read_topology
 from horizon.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 MPOL_BIND, MPOL_INTERLEAVE = 2, 3
 MAX_NODE = 1024  # bits of the mask handed to the kernel: its own limit on any distribution
@@ -68,6 +71,20 @@ def bind(address: int, num_bytes: int, nodes: Sequence[int], purpose: str) -> No
         mask[node // BITS] |= 1 << node % BITS
     mode = MPOL_BIND if len(nodes) == 1 else MPOL_INTERLEAVE
     _call("mbind", _numbers().mbind, address, num_bytes, mode, mask, MAX_NODE + 1, 0)
+
+
+def bindable() -> bool:
+    """Whether this process may choose nodes; a warning where the system has several and refuses."""
+    nodes = sorted(read_topology().with_memory())
+    if len(nodes) < 2:
+        return False
+    space = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        bind(ctypes.addressof(ctypes.c_char.from_buffer(space)), len(space), nodes, "a page")
+    except HorizonError as error:
+        log.warning("memory is not bound to NUMA nodes: %s", error)
+        return False
+    return True
 
 
 def locate(addresses: Sequence[int]) -> list[int]:

@@ -17,10 +17,10 @@ from horizon.units import align_up
 
 
 class OffloadSpace:
-    """Byte regions on the host for offloaded boundaries."""
+    """Byte regions on the host for offloaded boundaries; `nodes`: NUMA nodes of its own memory."""
 
-    def __init__(self, pin: bool):
-        self._pin = pin
+    def __init__(self, pin: bool, nodes: Sequence[int] = ()):
+        self._pin, self._nodes = pin, nodes
         self._own: Arena | None = None
 
     def regions(self, sizes: Mapping[Key, int], idle: Sequence[Tensor]) -> dict[Key, list[Tensor]]:
@@ -47,7 +47,7 @@ class OffloadSpace:
             return torch.empty(0, dtype=torch.uint8)
         if self._own is None or self._own.regions[0].numel() < num_bytes:
             self.close()
-            self._own = Arena([num_bytes], "offloaded activations", self._pin)
+            self._own = Arena([num_bytes], "offloaded activations", self._pin, self._nodes)
         return self._own.regions[0]
 
     def close(self) -> None:

@@ -36,15 +36,18 @@ class Activations:
     Args:
         recompute: as configured. On CPU `auto` is `full`: there, memory is what is scarce.
         token_bytes: bytes of one token's hidden state.
+        nodes: NUMA nodes of what leaves the device; none: where the kernel puts it.
     """
 
-    def __init__(self, executor: Executor, streams: Streams, recompute: Recompute, token_bytes: int):
+    def __init__(
+        self, executor: Executor, streams: Streams, recompute: Recompute, token_bytes: int, nodes: Sequence[int] = ()
+    ):
         on_cpu = streams.device.type == "cpu"
         self._executor, self._streams, self._token_bytes = executor, streams, token_bytes
         self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
         self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
-        self._offload = OffloadSpace(not on_cpu)
+        self._offload = OffloadSpace(not on_cpu, nodes)
 
     @property
     def kinds(self) -> frozenset[Recompute]:

@@ -21,7 +21,7 @@ def tree(root, nodes, online=None):
         kib, free = gib * GIB // KIB, gib * GIB // KIB // 2
         (folder / "meminfo").write_text(
             f"Node {number} MemTotal:       {kib} kB\nNode {number} MemFree:        {free} kB\n"
-            f"Node {number} Inactive(file): 1024 kB\nNode {number} FilePages: 7 kB\n"
+            f"Node {number} Inactive(file): 1000 kB\nNode {number} Active(file): 24 kB\n"
         )
     return root
 
