@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
+COMMANDS = ("train", "check", "bench", "report")
+_LISTED = ", ".join(COMMANDS[:-1]) + f" or {COMMANDS[-1]}"
+
 USAGE = """\
 usage: horizon COMMAND [argument ...]
 
@@ -24,6 +27,8 @@ Train causal language models that host memory owns and the device only borrows.
 commands:
   train   train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
   check   compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
+  bench   measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]; horizon bench --help
+  report  compare two measurements: horizon report compare A.json B.json [--out FILE]
 
 flags:
   -h, --help     print this and exit
@@ -59,9 +64,18 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(rest)
         case ["check", *rest]:
             return _check(rest)
+        case ["bench", *rest]:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training, whose steps it times
+            from horizon.bench.command import bench
+
+            return bench(rest)
+        case ["report", *rest]:
+            from horizon.report.command import report
+
+            return report(rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
-    raise ConfigError(f"{arguments[0]!r} is no command; expected train or check (horizon --help)")
+    raise ConfigError(f"{arguments[0]!r} is no command; expected {_LISTED} (horizon --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -109,7 +123,7 @@ def _complete(arguments: list[str]) -> int:
     command, space, rest = typed.lstrip().partition(" ")
     if any(argument.startswith("query=") for argument in arguments):
         if not space:
-            print(" ".join(name for name in ("train", "check") if name.startswith(command)))
+            print(" ".join(name for name in COMMANDS if name.startswith(command)))
             return 0
         os.environ["COMP_LINE"] = f"{program} {rest}"
     run_with_hydra(lambda config, output_dir: None, ["-sc", *arguments], _print_error)

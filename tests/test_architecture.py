@@ -26,7 +26,7 @@ FLOW = (
     ("runtime",),
     ("check",),
     ("engine",),
-    ("trainer",),
+    ("trainer", "bench"),
     ("cli",),
     ("__main__",),
 )

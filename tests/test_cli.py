@@ -63,7 +63,10 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    assert done.stderr == "horizon: ConfigError: 'trian' is no command; expected train or check (horizon --help)\n"
+    assert (
+        done.stderr
+        == "horizon: ConfigError: 'trian' is no command; expected train, check, bench or report (horizon --help)\n"
+    )
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -163,7 +166,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "check"]),
+        ("horizon ", ["train", "check", "bench", "report"]),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),

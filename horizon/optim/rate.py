@@ -11,6 +11,7 @@ import torch
 from horizon.config.schema import Moments
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW
+from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater
 from horizon.plan.cost import Rates
@@ -18,6 +19,7 @@ from horizon.plan.cxl import CxlTier
 from horizon.plan.states import MASTER, MOMENTS
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
+from horizon.store.tiers import Nodes
 from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 from horizon.units import align_up
@@ -57,19 +59,36 @@ def measure_update_rate(
     num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, nodes: tuple[int, ...] = ()
 ) -> float:
     """Parameters per second, with nothing else using the host's memory; all states on `nodes` where some are given."""
+    times = update_seconds(num_parameters, num_threads, grad_dtype, optimizer, lambda *_: nodes)
+    return num_parameters / min(times)
+
+
+def update_seconds(
+    num_parameters: int,
+    num_threads: int,
+    grad_dtype: torch.dtype,
+    optimizer: AdamW,
+    nodes: Nodes,
+    pace: Pace | None = None,
+    sweeps: int = SWEEPS,
+) -> list[float]:
+    """Seconds of updates of one block, one after the other, with nothing else using the host's memory.
+
+    Args:
+        nodes, pace: where its states are, as `HostStore` and `Updater` take them.
+    """
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
-    moments = Moments(optimizer.moments)
-    store = HostStore([layout], pin=False, pin_residual=False, moments=moments, nodes=lambda *_: nodes)
-    buffers = KeptGradients([layout], grad_dtype, pin=False, nodes=lambda *_: nodes)
+    store = HostStore([layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments), nodes=nodes)
+    buffers = KeptGradients([layout], grad_dtype, pin=False, nodes=nodes)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
 
     def states(block: int) -> UpdateStates:
         return UpdateStates.of_tensors(**store.states(block), grads=buffers.claim(block))
 
     chunk = align_up(-(-num_parameters // (CHUNKS_A_THREAD * num_threads)), PARAM_ALIGN)
-    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk)
+    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk, pace=pace)
     try:
-        return num_parameters / min(_sweep_seconds(updater, step) for step in range(1, SWEEPS + 1))
+        return [_sweep_seconds(updater, step) for step in range(1, sweeps + 1)]
     finally:
         updater.close()
         buffers.close()
