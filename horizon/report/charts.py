@@ -95,7 +95,7 @@ def _drawings(measured: Measurements) -> Iterator[tuple[str, str, str, Draw]]:
     )  # fmt: skip
     yield (
         "adamw", "AdamW with its states on each tier",
-        "Parameters updated in a second with the best number of threads, by how many there are. Few fit in caches.",
+        "Parameters updated in a second with the best number of threads, by how many there are; caches hold few.",
         lambda axes, theme: _adamw(axes, theme, measured.of("adamw")),
     )  # fmt: skip
     yield (
@@ -261,7 +261,7 @@ def _steps(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("ms a step" + (" (hatched: simulated tier)" if any(row.simulated for row in rows) else ""))
-    axes.legend(loc="best")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(bars))
 
 
 def largest(rows: Sequence[Row], setting: str) -> list[Row]:

@@ -95,12 +95,16 @@ def cells(row: Row) -> list[str]:
     place = row.place if not row.simulated or "simulated" in row.place else f"{row.place} (simulated)"
     return [
         place, row.describe_settings(), row.unit, str(row.n), short_number(row.best), short_number(row.median),
-        ", ".join(f"{name.replace('_', ' ')} {_also(name, value)}" for name, value in row.also.items()),
+        ", ".join(_also(name, value) for name, value in row.also.items()),
     ]  # fmt: skip
 
 
 def _also(name: str, value: float) -> str:
-    return short_bytes(value) if name.endswith("bytes") else short_number(value)
+    """A number with the unit that its name ends in: `load_gb_per_s` is `load 3.2 GB/s`."""
+    for end, unit in (("gb_per_s", "GB/s"), ("s", "s")):
+        if name == end or name.endswith(f"_{end}"):
+            return f"{name.removesuffix(end).replace('_', ' ')}{short_number(value)} {unit}"
+    return f"{name.removesuffix('bytes').replace('_', ' ')}{short_bytes(value)}"
 
 
 def headlines(measured: Measurements) -> list[Headline]:
