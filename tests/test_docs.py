@@ -77,7 +77,8 @@ def commands():
 @pytest.mark.parametrize("words", list(commands()))
 def test_the_settings_in_every_command_exist(words):
     overrides = [word for word in words if "=" in word]
-    compose([key + "=" + value.split(",")[0] for key, value in (word.split("=", 1) for word in overrides)])
+    pairs = (word.split("=", 1) for word in overrides)
+    compose([f"{key}={value if value.startswith('[') else value.split(',')[0]}" for key, value in pairs])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
