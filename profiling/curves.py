@@ -27,19 +27,20 @@ from horizon.units import GIB
 
 TOKENS = [4096, 8192, 16384, 32768, 65536, 131072, 262144]
 BUDGETS = ["12GiB", "16GiB", "24GiB", "40GiB", "80GiB", "auto"]
-LONG_S = 8.0  # a step predicted to take longer is timed once, and not warmed up: its kernels ran when it was planned
+LONG_S = 8.0  # a step predicted to take longer is timed once
 
 
 def measured_seconds(step: Callable[[], object], expected_s: float) -> float:
-    """The mean of two steps after one, or of a single long one. All follow upon another step, as in a steady run."""
+    """The mean of two steps, or of a single long one, after another: the first of a shape may take host memory."""
     times = []
-    for _ in range(1 if expected_s > LONG_S else 3):
+    num_timed = 1 if expected_s > LONG_S else 2
+    for _ in range(1 + num_timed):
         started = time.perf_counter()
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     print("   steps:", " ".join(f"{t:.3f}" for t in times), flush=True)
-    return statistics.mean(times[-2:])
+    return statistics.mean(times[-num_timed:])
 
 
 def build(args: argparse.Namespace, budget: str) -> horizon.Engine:

@@ -44,7 +44,7 @@ class Recompute(StrEnum):
 
 
 class Policy(StrEnum):
-    auto = "auto"  # on a GPU the embedding, then blocks in what activations leave; on CPU as dram
+    auto = "auto"  # on a GPU what makes the step fastest, as far as it is announced; on CPU as dram
     dram = "dram"  # the states of all blocks on the host
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
     cxl_aware = "cxl_aware"  # what the update touches most stays in dram, what finds no room there goes to cxl

@@ -18,7 +18,7 @@ from horizon.optim.adamw import AdamW, StepScalars, step_scalars
 from horizon.optim.chunks import cut_chunks
 from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
-from horizon.optim.updater import Updater, load_update
+from horizon.optim.updater import Updater, chunk_elements, load_update
 from horizon.store.ledger import Ledger
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import HBM_UPDATE, Cause
@@ -211,8 +211,9 @@ def make_updater(
     # Blocks with nothing to train are known to both: whoever has a step's first block publishes them.
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
     host = Updater(
-        on_host, arrays, ledger, adamw, num_threads, release, seed=seed, timeline=streams.timeline, pace=pace
-    )
+        on_host, arrays, ledger, adamw, num_threads, release, chunk_elements(layouts, num_threads),
+        seed=seed, timeline=streams.timeline, pace=pace,
+    )  # fmt: skip
     if not in_hbm:
         return host
     on_device = [lay for lay in layouts if lay.index in in_hbm or not lay.num_trainable]

@@ -33,7 +33,11 @@ from horizon.optim.states import UpdateStates, traffic, update_order
 from horizon.store.ledger import Ledger
 from horizon.stream.timeline import Timeline
 
-CHUNK_ELEMENTS = 1 << 21  # 28 MiB of states: milliseconds of work, long against the microseconds of Python around it
+# Milliseconds of work a chunk: long against the Python around it, during which a thread keeps all others, and the one
+# that drives the device, from the interpreter.
+CHUNK_ELEMENTS = 1 << 21
+MOST_ELEMENTS = 1 << 23
+CHUNKS_A_THREAD = 32  # in a step, at least: so that all end at about the same time
 
 log = logging.getLogger(__name__)
 
@@ -318,6 +322,12 @@ class Updater:
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
+
+
+def chunk_elements(layouts: Sequence[BlockLayout], num_threads: int) -> int:
+    """Elements of a chunk: the more, the larger the model."""
+    share = sum(layout.num_trainable for layout in layouts) // (CHUNKS_A_THREAD * num_threads)
+    return min(max(share // PARAM_ALIGN * PARAM_ALIGN, CHUNK_ELEMENTS), MOST_ELEMENTS)
 
 
 def load_update(moments: Moments = Moments.float32) -> Update:

@@ -193,10 +193,6 @@ def boundary_sizes(offloaded: Iterable[int], tokens: Sequence[int], token_bytes:
     return {(block, m): num * token_bytes for block in offloaded for m, num in enumerate(tokens)}
 
 
-EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
-WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
-
-
 def choose_micro_batch(
     plan: MemoryPlan,
     batch_size: int,

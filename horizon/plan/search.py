@@ -15,7 +15,7 @@ from horizon.plan.memory import MemoryNeeds
 from horizon.plan.placement import preference
 from horizon.plan.prediction import StepPrediction
 
-AS_FAST = 0.01  # of a step: what is slower by less is as fast as the fastest, and may have less on the host instead
+AS_FAST = 0.002  # of a step: what is slower by less is as fast as the fastest, and may have less on the host instead
 
 
 class Arrangement(NamedTuple):

@@ -22,6 +22,7 @@ from horizon.store.split import join_master, split_master
 from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 
 CPU = torch.device("cpu")
+WRITE_PIECE = 1 << 24  # elements of a parameter that are split into halves at a time: 64 MiB in fp32
 
 
 class HostStore:
@@ -109,9 +110,15 @@ class HostStore:
         block, param = self.place(name)
         if tuple(value.shape) != param.spec.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
-        high, low = split_master(value.detach().reshape(-1).float())
-        self.weights[block][param.offset : param.end].copy_(high)
-        self.residual[block][param.offset : param.end].copy_(low)
+        start = param.offset
+        for piece in torch.split(
+            value.detach().reshape(-1), WRITE_PIECE
+        ):  # on a device there may be little room beside
+            high, low = split_master(piece.float())
+            end = start + piece.numel()
+            self.weights[block][start:end].copy_(high)
+            self.residual[block][start:end].copy_(low)
+            start = end
 
     def read_master(self, name: str) -> Tensor:
         """A parameter's exact fp32 value, a new CPU tensor of its shape."""

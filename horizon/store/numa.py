@@ -18,6 +18,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from horizon.errors import BudgetError, ConfigError, HorizonError
@@ -30,7 +31,7 @@ MPOL_BIND, MPOL_INTERLEAVE = 2, 3
 MAX_NODE = 1024  # bits of the mask handed to the kernel: its own limit on any distribution
 BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
 SAMPLES = 512  # pages of a mapping that are looked up
-STRIDE = 0x9E3779B1  # odd and far from any power of two: samples do not beat with the turns of interleaving
+STRIDE = 0x9E3779B1  # its multiples are spread over 32 bits: samples do not beat with the turns of interleaving
 
 
 class Calls(NamedTuple):
@@ -120,8 +121,11 @@ def verify(address: int, num_bytes: int, nodes: Sequence[int], purpose: str) -> 
 def sample(address: int, num_bytes: int) -> list[int]:
     """Addresses of at most `SAMPLES` pages spread over a mapping, the first and the last among them."""
     num_pages = -(-num_bytes // mmap.PAGESIZE)
-    some = {0, num_pages - 1, *(i * STRIDE % num_pages for i in range(1, SAMPLES - 1))}
-    return [address + page * mmap.PAGESIZE for page in (sorted(some) if num_pages > SAMPLES else range(num_pages))]
+    if num_pages <= SAMPLES:
+        return [address + page * mmap.PAGESIZE for page in range(num_pages)]
+    bounds = [i * num_pages // SAMPLES for i in range(SAMPLES + 1)]
+    some = [low + (high - low) * (i * STRIDE % 2**32) // 2**32 for i, (low, high) in enumerate(pairwise(bounds))]
+    return [address + page * mmap.PAGESIZE for page in [*some[:-1], num_pages - 1]]
 
 
 def _numbers() -> Calls:

@@ -4,7 +4,7 @@ import torch
 from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
 from horizon.layout import ParamSpec, place_block
-from horizon.store import tiers
+from horizon.store import host, tiers
 from horizon.store.arena import HUGE_PAGE
 from horizon.store.host import HostStore
 from horizon.store.split import split_master
@@ -129,3 +129,15 @@ def test_close_may_be_called_again(store):
     store.close()
     store.close()
     assert store.weights == [] and store.moments == {}
+
+
+def test_a_parameter_is_written_piece_by_piece_like_at_once(monkeypatch):
+    value = torch.randn(3, 70, generator=torch.Generator().manual_seed(1))
+    layout = place_block(0, "layer", [ParamSpec("a", "a", (5,)), ParamSpec("w", "w", (3, 70))])
+    for size in (1, 64, 209, 210, 1 << 20):
+        monkeypatch.setattr(host, "WRITE_PIECE", size)
+        store = HostStore([layout], pin=False, pin_residual=False)
+        store.write_master("w", value)
+        assert torch.equal(store.read_master("w"), value)
+        assert not store.read_master("a").any()
+        store.close()
