@@ -48,7 +48,7 @@ def told(tmp_path_factory):
         pytest.skip("needs a readable kernel in build/numa/boot or /boot (make test-numa fetches one)")
     disk = tmp_path_factory.mktemp("numa") / "initrd.gz"
     disk.write_bytes(initrd(HERE / "proof.py", ["json", "traceback", "horizon.store.numa"]))
-    boot = ["-kernel", str(kernel), "-initrd", str(disk), "-append", "console=ttyS0 quiet panic=-1"]
+    boot = ["-kernel", str(kernel), "-initrd", str(disk), "-append", "console=ttyS0 loglevel=1 panic=-1"]
     done = subprocess.run([*COMMAND, *boot], capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
     rows = [json.loads(line.split("PROOF ")[1]) for line in done.stdout.splitlines() if "PROOF {" in line]
     assert "PROOF-END" in done.stdout and "Traceback" not in done.stdout, done.stdout[-4000:] + done.stderr
