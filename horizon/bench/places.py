@@ -27,6 +27,9 @@ class Place:
         return self.bytes_per_s is not None
 
 
+ONLY = "dram node 0"  # also where memory is not bound: rows of such a machine compare with those of others
+
+
 @dataclass(frozen=True, slots=True)
 class Processors:
     """CPUs that are next to one memory."""
@@ -38,7 +41,7 @@ class Processors:
 def find_places(topology: Topology, bindable: bool) -> list[Place]:
     """One for each node with memory, and one for all memory-only nodes together."""
     if not bindable:
-        return [Place("dram")]
+        return [Place(ONLY)]
     with_memory = [node for node in topology.nodes if node.total_bytes]
     places = [Place(f"{'cxl' if n.memory_only else 'dram'} node {n.id}", (n.id,), n.memory_only) for n in with_memory]
     far = tuple(node.id for node in with_memory if node.memory_only)
@@ -56,7 +59,7 @@ def find_processors(topology: Topology) -> list[Processors]:
     """Those that this process may use, by node."""
     allowed = os.sched_getaffinity(0)
     found = [Processors(f"node {n.id}", tuple(sorted(allowed & set(n.cpus)))) for n in topology.nodes]
-    return [one for one in found if one.cpus] or [Processors("all", tuple(sorted(allowed)))]
+    return [one for one in found if one.cpus] or [Processors("node 0", tuple(sorted(allowed)))]
 
 
 def together(cpus: Sequence[int], works: Sequence[Callable[[], object]]) -> float:

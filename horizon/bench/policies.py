@@ -10,10 +10,10 @@ import torch
 
 from horizon.config.schema import MemoryConfig, Policy, SimulatedCxl
 from horizon.engine import Engine
-from horizon.errors import ConfigError
+from horizon.errors import BudgetError, ConfigError
 from horizon.optim.adamw import AdamW
 from horizon.plan.cxl import POLICIES
-from horizon.plan.machine import process_bytes
+from horizon.plan.machine import host_overhead, resolve_device
 from horizon.report.measurements import Row, Skipped
 from horizon.units import MIB
 
@@ -51,19 +51,19 @@ def policies(shape: Shape, simulated_gb_per_s: float) -> Iterator[Row | Skipped]
     """
     num_parameters = 0
     for policy in Policy:
-        memory = MemoryConfig(policy=policy)
+        memory, overhead = MemoryConfig(policy=policy), host_overhead(resolve_device("auto"))
         if policy in POLICIES:
             if simulated_gb_per_s:
                 memory.cxl_simulated = SimulatedCxl(size="4GiB", gb_per_s=simulated_gb_per_s)
             if policy is Policy.cxl_aware:
-                memory.host_budget = str(process_bytes() + MARGIN + STATES_KEPT * num_parameters)
+                memory.host_budget = str(overhead + MARGIN + STATES_KEPT * num_parameters)
         try:
             with Engine.from_config(
                 shape.config, optimizer=AdamW(lr=1e-5), memory=memory, self_check=False, max_grad_norm=1.0
             ) as engine:
                 num_parameters = max(num_parameters, engine.plan.num_parameters)
                 yield _row(engine, policy, shape)
-        except ConfigError as error:
+        except (ConfigError, BudgetError) as error:
             yield Skipped(test="step", place=policy, reason=str(error))
 
 

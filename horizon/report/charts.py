@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from horizon.errors import ConfigError
-from horizon.report.measurements import Measurements, Row, by_setting, short_bytes, short_number
+from horizon.report.measurements import LESS_IS_BETTER, Measurements, Row, by_setting, short_bytes, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,9 +83,21 @@ def _drawings(measured: Measurements) -> Iterator[tuple[str, str, str, Draw]]:
         "With all threads: how much is moved in one go before jumping elsewhere.",
         lambda axes, theme: _by_block(axes, theme, measured.of("bandwidth")),
     )  # fmt: skip
+    reads = [row for row in measured.of("bandwidth") if row.settings["access"] == "read"]
+    if len({(row.place, row.settings["cpus"]) for row in reads}) > 1:
+        yield (
+            "latency", "Latency by pair",
+            "Idle latency of the largest size, from each node's processors to each memory.",
+            lambda axes, theme: _pairs(axes, theme, largest(measured.of("latency"), "size")),
+        )  # fmt: skip
+        yield (
+            "bandwidth", "Read bandwidth by pair",
+            "With the best number of threads and block, from each node's processors to each memory.",
+            lambda axes, theme: _pairs(axes, theme, reads),
+        )  # fmt: skip
     yield (
         "link", "Link to the GPU",
-        "Host to device and back, from pinned and from pageable memory, by the bytes of one copy.",
+        "Host to device and back, from pinned and from pageable memory, with the largest copies.",
         lambda axes, theme: _link(axes, theme, measured.of("link")),
     )  # fmt: skip
     yield (
@@ -136,15 +148,20 @@ def _svg(draw: Draw, theme: Theme) -> str:
 
 
 def _lines(
-    axes: Axes, theme: Theme, series: Sequence[tuple[str, Sequence[float], Sequence[float]]], dashed: Sequence[str] = ()
+    axes: Axes, theme: Theme, series: Sequence[tuple[str, Sequence[float], Sequence[float]]], dashed: str = "nothing"
 ) -> None:
-    """(label, xs, ys) each; dashed: parts of labels of what is simulated."""
-    for i, (label, xs, ys) in enumerate(series):
-        style = "--" if any(part in label for part in dashed) else "-"
-        axes.plot(
-            xs, ys, style, marker=MARKERS[i % len(MARKERS)], color=theme.series[i % len(theme.series)], label=label
-        )  # fmt: skip
-    axes.legend(loc="best")
+    """(label, xs, ys) each; those with `dashed` in their label are, and share colours with the others in turn."""
+    counts = {"-": 0, "--": 0}
+    for label, xs, ys in series:
+        style = "--" if dashed in label else "-"
+        i = counts[style] if dashed == "write" else sum(counts.values())
+        counts[style] += 1
+        color, marker = theme.series[i % len(theme.series)], MARKERS[i % len(MARKERS)]
+        axes.plot(xs, ys, style, marker=marker, color=color, label=label)
+    if len(series) > 4:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    else:
+        axes.legend(loc="best")
 
 
 def _series(rows: Sequence[Row], label: Callable[[Row], str], x: str) -> list[tuple[str, list[float], list[float]]]:
@@ -175,7 +192,47 @@ def _count_axis(axes: Axes, label: str, counts: Sequence[float]) -> None:
     axes.set_xlabel(label)
 
 
+def _nearest(rows: Sequence[Row]) -> list[Row]:
+    """Of each place the rows from the processors that reach it best (judged by what no cache holds)."""
+    chosen: dict[str, Row] = {}
+    for row in largest(rows, "size") or rows:
+        less = row.unit in LESS_IS_BETTER
+        best = chosen.setdefault(row.place, row)
+        if (row.median < best.median) is less:
+            chosen[row.place] = row
+    return [row for row in rows if row.settings["cpus"] == chosen[row.place].settings["cpus"]]
+
+
+def _readable(rows: Sequence[Row]) -> list[Row]:
+    """Few enough lines to tell apart: from the nearest processors, and reads alone where there are many places."""
+    rows = _nearest(rows)
+    many = len({row.place for row in rows}) > 2
+    return [row for row in rows if row.settings["access"] == "read"] if many else rows
+
+
+def _pairs(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    """A matrix of medians: processors down, memories across; of rows of the same pair, the best."""
+    places, cpus = (
+        list(dict.fromkeys(names)) for names in zip(*((r.place, r.settings["cpus"]) for r in rows), strict=True)
+    )
+    better = min if rows[0].unit in LESS_IS_BETTER else max
+    best: dict[tuple[str, Any], float] = {}
+    for row in rows:
+        key = row.place, row.settings["cpus"]
+        best[key] = better(best.get(key, row.median), row.median)
+    grid = [[best.get((place, name), float("nan")) for place in places] for name in cpus]
+    axes.imshow(grid, cmap="Blues", aspect="auto", alpha=0.55)
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            axes.text(x, y, short_number(value), ha="center", va="center", fontsize=11)
+    axes.set_xticks(range(len(places)), [place.replace(" ", "\n", 1) for place in places])
+    axes.set_yticks(range(len(cpus)), [f"from\n{name}" for name in cpus])
+    axes.grid(visible=False)
+    axes.set_title(rows[0].unit, fontsize=9.5, loc="right", color=theme.text)
+
+
 def _latency(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    rows = _nearest(rows)
     _lines(axes, theme, _series(rows, lambda row: _place(row, rows), "size"))
     _byte_axis(axes, "size of what is loaded from")
     axes.set_yscale("log")
@@ -188,6 +245,7 @@ def _latency(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 def _loaded(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     found: dict[str, list[tuple[float, float]]] = {}
+    rows = _nearest(rows)
     for row in rows:
         found.setdefault(_place(row, rows), []).append((row.also["load_gb_per_s"], row.median))
     _lines(axes, theme, [(n, [x for x, _ in sorted(p)], [y for _, y in sorted(p)]) for n, p in found.items()])
@@ -197,6 +255,7 @@ def _loaded(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 
 def _by_threads(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    rows = _readable(rows)
     _lines(axes, theme, _series(rows, lambda row: f"{row.settings['access']}, {_place(row, rows)}", "threads"))
     _count_axis(axes, "threads", [float(row.settings["threads"]) for row in rows])
     axes.set_ylabel("GB/s")
@@ -204,6 +263,7 @@ def _by_threads(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 
 def _by_block(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    rows = _readable(rows)
     most = max(float(row.settings["threads"]) for row in rows)
     rows = [row for row in rows if row.settings["threads"] == most]
     _lines(axes, theme, _series(rows, lambda row: f"{row.settings['access']}, {_place(row, rows)}", "block"))
@@ -213,20 +273,28 @@ def _by_block(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 
 def _link(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    def label(row: Row) -> str:
-        return f"{row.settings['direction']} {row.settings['memory']}, {row.place}"
-
-    _lines(axes, theme, _series(rows, label, "size"))
-    _byte_axis(axes, "bytes of one copy")
-    axes.set_ylabel("GB/s")
-    axes.set_ylim(bottom=0)
+    rows = largest(rows, "size")
+    places = list(dict.fromkeys(row.place for row in rows))
+    kinds = list(dict.fromkeys((str(row.settings["direction"]), str(row.settings["memory"])) for row in rows))
+    height = 0.8 / len(kinds)
+    for i, (direction, memory) in enumerate(kinds):
+        found = {
+            r.place: r.median for r in rows if (r.settings["direction"], r.settings["memory"]) == (direction, memory)
+        }
+        at = [y + (i - (len(kinds) - 1) / 2) * height for y in range(len(places))]
+        axes.barh(at, [found.get(p, 0.0) for p in places], height, color=theme.series[i], label=f"{direction} {memory}")
+    axes.set_yticks(range(len(places)), places)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"GB/s, {short_bytes(float(rows[0].settings['size']))} a copy")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _disk(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     def label(row: Row) -> str:
         return f"{row.settings['access']} {short_bytes(float(row.settings['block']))}"
 
-    _lines(axes, theme, _series(rows, label, "depth"), dashed=["write"])
+    _lines(axes, theme, _series(rows, label, "depth"), dashed="write")
     _count_axis(axes, "requests under way", [float(row.settings["depth"]) for row in rows])
     axes.set_ylabel("GB/s (dashed: writes)")
     axes.set_ylim(bottom=0)
@@ -236,7 +304,7 @@ def _adamw(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     def label(row: Row) -> str:
         return f"{row.place}: {row.settings['states']}" if row.settings["states"] != "all" else row.place
 
-    _lines(axes, theme, _series(rows, label, "parameters"), dashed=["simulated"])
+    _lines(axes, theme, _series(rows, label, "parameters"), dashed="simulated")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
     axes.set_xlabel("parameters" + (" (dashed: simulated)" if any(row.simulated for row in rows) else ""))

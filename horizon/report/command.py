@@ -26,7 +26,7 @@ def report(arguments: list[str]) -> int:
     compared = read_both(args.a, args.b)
     print("\n".join(compared.summary()))
     print()
-    print(table(COLUMNS, [pair.cells() for pair in compared.pairs]))
+    print(table(COLUMNS, compared.cells()))
     if args.out:
         try:
             args.out.write_text(compared.html() if kind == ".html" else compared.markdown(), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from horizon.errors import DataError
 from horizon.report.measurements import LESS_IS_BETTER, Measurements, Row, short_number
-from horizon.report.tiers import markdown_table, render
+from horizon.report.tiers import headlines, markdown_table, render
 
 NOTEWORTHY = 0.1  # smaller differences are within what runs differ by
 COLUMNS = ("test", "where", "settings", "unit", "A", "B", "B is")
@@ -50,6 +50,7 @@ class Comparison:
 
     a: Measurements
     b: Measurements
+    best: tuple[Pair, ...]  # of each tier, whatever the settings
     pairs: tuple[Pair, ...]
     only_a: int
     only_b: int
@@ -68,7 +69,11 @@ class Comparison:
     def markdown(self) -> str:
         """Summary and table."""
         lines = ["# Tiers compared", "", *(f"- {line}" for line in self.summary()), ""]
-        return "\n".join([*lines, *markdown_table(COLUMNS, [pair.cells() for pair in self.pairs])]) + "\n"
+        return "\n".join([*lines, *markdown_table(COLUMNS, self.cells())]) + "\n"
+
+    def cells(self) -> list[list[str]]:
+        """All pairs as text, the best first."""
+        return [pair.cells() for pair in (*self.best, *self.pairs)]
 
     def html(self) -> str:
         """A page that needs nothing else."""
@@ -76,16 +81,18 @@ class Comparison:
 
 
 def compare(a: Measurements, b: Measurements) -> Comparison:
-    """What both have measured, in A's order.
+    """What both have measured: the best that each tier reached, with whatever settings, then rows in A's order.
 
     Raises:
         DataError: they have no row in common.
     """
     of_b = {row.key: row for row in b.rows}
+    best_of_b = {row.key: row for row in _best(b)}
+    best = tuple(Pair(row, best_of_b[row.key]) for row in _best(a) if row.key in best_of_b)
     pairs = tuple(Pair(row, of_b[row.key]) for row in a.rows if row.key in of_b)
     if not pairs:
         raise DataError("the two files have no row in common; measure both with the same --quick")
-    return Comparison(a, b, pairs, len(a.rows) - len(pairs), len(b.rows) - len(pairs))
+    return Comparison(a, b, best, pairs, len(a.rows) - len(pairs), len(b.rows) - len(pairs))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -102,6 +109,13 @@ def read_both(a: Path, b: Path) -> Comparison:
         DataError: one cannot be read, or they have nothing in common.
     """
     return compare(Measurements.read(a), Measurements.read(b))
+
+
+def _best(measured: Measurements) -> list[Row]:
+    return [
+        Row.of("best", card.name, {}, card.unit, [card.median], simulated=card.simulated)
+        for card in headlines(measured)
+    ]
 
 
 def _source(measured: Measurements) -> str:

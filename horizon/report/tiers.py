@@ -28,10 +28,15 @@ class Headline:
     """A number that says most about a tier."""
 
     name: str
-    value: str
+    median: float
     unit: str
     note: str
     simulated: bool = False
+
+    @property
+    def value(self) -> str:
+        """The median as text."""
+        return short_number(self.median)
 
 
 def write_html(measured: Measurements, path: Path) -> None:
@@ -114,7 +119,7 @@ def headlines(measured: Measurements) -> list[Headline]:
         rows = largest([row for row in measured.of("latency") if row.place == place], "size")
         row = min(rows, key=lambda one: one.median)
         size = short_bytes(float(row.settings["size"]))
-        found.append(Headline(f"{place}, idle latency", short_number(row.median), "ns", f"median, over {size}"))
+        found.append(Headline(f"{place}, idle latency", row.median, "ns", f"median, over {size}"))
         rows = [row for row in measured.of("bandwidth") if row.place == place and row.settings["access"] == "read"]
         found += _best(f"{place}, read", rows)
     found += _best("link, H2D", [row for row in measured.of("link") if row.settings["direction"] == "H2D"])
@@ -130,7 +135,7 @@ def _best(name: str, rows: Sequence[Row]) -> list[Headline]:
     if not rows:
         return []
     row = (min if rows[0].unit in LESS_IS_BETTER else max)(rows, key=lambda one: one.median)
-    return [Headline(name, short_number(row.median), row.unit, row.describe_settings(), row.simulated)]
+    return [Headline(name, row.median, row.unit, row.describe_settings(), row.simulated)]
 
 
 def findings(measured: Measurements) -> list[str]:

@@ -12,7 +12,7 @@ TINY = Effort(
     repeats=2,
 )  # fmt: skip
 HERE = find_processors(read_topology())[0]
-DRAM = Place("dram")
+DRAM = Place("dram node 0")
 
 
 def test_a_chase_visits_every_line_once_before_it_is_back():
@@ -77,14 +77,14 @@ def test_places_of_two_sockets_and_two_expanders():
         ("cxl node 3", (3,), True),
         ("cxl nodes 2+3", (2, 3), True),
     ]
-    assert find_places(nodes, bindable=False) == [DRAM]
+    assert find_places(nodes, bindable=False) == [Place("dram node 0")]
 
 
 def test_processors_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(places.os, "sched_getaffinity", lambda pid: {1, 5})
     nodes = Topology((Node(0, (0, 1), GIB, GIB), Node(1, (4, 5), GIB, GIB), Node(2, (6,), GIB, GIB)))
     assert find_processors(nodes) == [Processors("node 0", (1,)), Processors("node 1", (5,))]
-    assert find_processors(Topology(())) == [Processors("all", (1, 5))]
+    assert find_processors(Topology(())) == [Processors("node 0", (1, 5))]
 
 
 def test_threads_are_held_on_their_processors_and_others_are_not():

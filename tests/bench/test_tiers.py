@@ -15,8 +15,9 @@ from horizon.bench.tiers import Options, Plan, measure_tiers
 from horizon.bench.update import update
 from horizon.config.schema import Policy
 from horizon.errors import ConfigError, DataError
-from horizon.report.measurements import Measurements
-from horizon.report.tiers import TESTS, write_html, write_markdown
+from horizon.report.charts import _nearest, _readable, charts_of
+from horizon.report.measurements import Measurements, Row
+from horizon.report.tiers import TESTS, findings, headlines, write_html, write_markdown
 from horizon.units import KIB, MIB
 from tests.bench.test_memory import TINY
 
@@ -124,7 +125,7 @@ def test_a_simulated_tier_is_no_faster_than_it_says():
 
 
 def test_the_default_of_the_simulated_tier_is_a_share_of_the_largest_update(measured):
-    largest = [r for r in measured.of("adamw") if r.place == "dram" and r.settings["parameters"] == 400_000]
+    largest = [r for r in measured.of("adamw") if r.place == "dram node 0" and r.settings["parameters"] == 400_000]
     best = max(row.also["gb_per_s"] for row in largest)
     rows = [row for row in measured.rows if not row.simulated]
     assert tiers._simulated_gb_per_s(None, [Place("dram")], rows) == round(best / 4, 1)
@@ -145,7 +146,10 @@ def test_the_command_writes_three_files(quick, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"tiers.html", "tiers.md", "tiers.json"}
     shown = capsys.readouterr()
     assert re.match(r"\d+ rows in \d+ s\nhtml .*tiers\.html\nmd .*\njson .*\n", shown.out)
-    assert "measuring adamw: dram" in shown.err and "not measured: step, cxl_aware: memory.cxl_nodes=auto" in shown.err
+    assert (
+        "measuring adamw: dram node 0" in shown.err
+        and "not measured: step, cxl_aware: memory.cxl_nodes=auto" in shown.err
+    )
 
 
 @pytest.mark.parametrize("name", ["jinja2", "matplotlib"])
@@ -172,3 +176,55 @@ def test_a_missing_library_is_told_before_anything_is_measured(monkeypatch, tmp_
 def test_wrong_arguments_are_one_line(arguments, message):
     with pytest.raises(ConfigError, match=message):
         command.bench(arguments)
+
+
+def row(test, place, settings, unit, value, **more):
+    return Row.of(test, place, settings, unit, [value, value], **more)
+
+
+@pytest.fixture
+def two_sockets(measured):
+    """Rows as a machine with two sockets, an expander and a GPU would give."""
+    rows = []
+    for cpus, far in (("node 0", "dram node 1"), ("node 1", "dram node 0")):
+        for place, ns, gb_per_s in (("dram node 0", 90, 200), ("dram node 1", 91, 210), ("cxl node 2", 250, 28)):
+            ns, gb_per_s = (140, 120) if place == far else (ns, gb_per_s)
+            for size, value in ((32 * KIB, 1.5 if place == far else 2), (MIB, ns)):
+                rows.append(row("latency", place, {"cpus": cpus, "size": size}, "ns", value))
+            for access in ("read", "write"):
+                settings = {"cpus": cpus, "access": access, "threads": 8, "block": MIB}
+                rows.append(row("bandwidth", place, settings, "GB/s", gb_per_s))
+    for memory in ("pinned", "pageable"):
+        for direction in ("H2D", "D2H"):
+            settings = {"direction": direction, "memory": memory, "size": MIB}
+            rows.append(row("link", "dram node 0", settings, "GB/s", 50.0))
+    return replace(measured, rows=tuple(rows), skipped=())
+
+
+def test_a_machine_with_several_nodes_has_matrices_and_lines_from_the_nearest_processors(two_sockets, tmp_path):
+    titles = [chart.title for chart in charts_of(two_sockets)]
+    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Link to the GPU" in titles
+    nearest = {(r.place, r.settings["cpus"]) for r in _nearest(two_sockets.of("latency"))}
+    assert ("dram node 0", "node 0") in nearest and ("dram node 1", "node 1") in nearest and len(nearest) == 3
+    assert {r.settings["access"] for r in _readable(two_sockets.of("bandwidth"))} == {"read"}
+    cards = {card.name: card.median for card in headlines(two_sockets)}
+    assert cards["dram node 1, idle latency"] == 91 and cards["dram node 0, read"] == 200 and cards["link, H2D"] == 50
+    write_html(two_sockets, tmp_path / "t.html")
+
+
+def test_a_machine_with_one_node_has_no_matrices(measured):
+    assert not [chart for chart in charts_of(measured) if "pair" in chart.title]
+
+
+def test_what_follows_compares_tiers_by_the_best_row_of_the_largest_update(measured):
+    def update_row(place, states, parameters, value):
+        return row("adamw", place, {"states": states, "parameters": parameters, "threads": 1}, "Gparam/s", value)
+
+    rows = (
+        update_row("dram node 0", "all", 10, 9.0), update_row("dram node 0", "all", 100, 4.0),
+        update_row("cxl node 1", "all", 100, 1.0), update_row("cxl node 1", "gradients", 100, 3.0),
+    )  # fmt: skip
+    assert findings(replace(measured, rows=rows)) == [
+        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0.",
+        "AdamW with only the gradients on cxl node 1 runs at 75% of its pace in dram node 0.",
+    ]

@@ -43,6 +43,14 @@ def test_rows_are_paired_by_what_was_measured_not_by_their_place_in_the_file():
     assert "2 rows in both: B is 2 better, 0 as good, 0 worse" in "\n".join(found.summary())
 
 
+def test_the_best_of_each_tier_is_compared_whatever_it_took():
+    a = run(row(10.0, test="disk", place="disk", access="read", depth=1), row(1.0, test="link", direction="H2D"))
+    b = run(row(30.0, test="disk", place="disk", access="read", depth=8), row(1.0, test="link", direction="H2D"))
+    best = {pair.a.place: pair.gain for pair in compare(a, b).best}
+    assert best == {"disk, read": 3.0, "link, H2D": 1.0}
+    assert "disk, read" in compare(a, b).markdown()
+
+
 def test_nothing_in_common_is_refused():
     with pytest.raises(DataError, match="no row in common"):
         compare(run(row(1.0, threads=1)), run(row(1.0, threads=2)))
