@@ -35,7 +35,7 @@ def test_what_is_better_depends_on_the_unit(unit, a, b, gain, verdict):
 
 
 def test_rows_are_paired_by_what_was_measured_not_by_their_place_in_the_file():
-    a = run(row(1.0, threads=1), row(2.0, threads=2), row(9.0, "ns", "latency"))
+    a = run(row(1.0, threads=1), row(2.0, threads=2), row(9.0, "ns", "latency", size=1))
     b = run(row(4.0, threads=2), row(3.0, threads=1), row(9.0, place="cxl node 1"), machine="other")
     found = compare(a, b)
     assert [(pair.a.median, pair.b.median) for pair in found.pairs] == [(1.0, 3.0), (2.0, 4.0)]
