@@ -11,7 +11,7 @@ RUN = Run(
 
 
 def row(value, unit="GB/s", test="bandwidth", place="dram", simulated=False, **settings):
-    return Row.of(test, place, settings or {"threads": 2}, unit, [value], simulated=simulated)
+    return Row.of(test, place, {"access": "read", **(settings or {"threads": 2})}, unit, [value], simulated=simulated)
 
 
 def run(*rows, machine="box"):
