@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from horizon.engine import Engine
     from horizon.optim.adamw import AdamW
     from horizon.trainer import Trainer
+    from horizon.zo.settings import ZerothOrder
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Engine", "MemoryConfig", "SimulatedCxl", "Trainer", "__version__", "errors"]
+__all__ = ["AdamW", "Engine", "MemoryConfig", "SimulatedCxl", "Trainer", "ZerothOrder", "__version__", "errors"]
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
@@ -24,6 +25,7 @@ _HOMES = {
     "MemoryConfig": "horizon.config.schema",
     "SimulatedCxl": "horizon.config.schema",
     "Trainer": "horizon.trainer",
+    "ZerothOrder": "horizon.zo.settings",
 }
 
 

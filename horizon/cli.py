@@ -14,10 +14,8 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
+COMMANDS = ("train", "plan", "doctor", "check", "replay", "bench", "report")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
-
-COMMANDS = ("train", "check", "bench", "report")
-_LISTED = ", ".join(COMMANDS[:-1]) + f" or {COMMANDS[-1]}"
 
 USAGE = """\
 usage: horizon COMMAND [argument ...]
@@ -26,6 +24,9 @@ Train causal language models that host memory owns and the device only borrows.
 
 commands:
   train   train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  plan    what a run would use and how fast it would be: horizon plan [machine=FILE] [key=value ...]; allocates nothing
+  doctor  look at this machine: horizon doctor; with --measure, measure it for the plan
+  replay  rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
   check   compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
   bench   measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]; horizon bench --help
   report  compare two measurements: horizon report compare A.json B.json [--out FILE]
@@ -33,6 +34,20 @@ commands:
 flags:
   -h, --help     print this and exit
   --version      print the version and exit
+"""
+
+REPLAY_KEYS = {"base", "log", "out", "device", "dtype", "trust_remote_code"}
+REPLAY_USAGE = """\
+usage: horizon replay base=FOLDER_OR_HUB_ID log=FILE out=FOLDER [key=value ...]
+
+Rebuild the weights of an optim=mezo run, bit for bit, from those that it began with and its replay.jsonl.
+
+  base                the model that the run began with
+  log                 the run's replay.jsonl
+  out                 folder for the rebuilt model
+  device              auto (default) | cpu | cuda | cuda:1
+  dtype               of the tensors written: float32 (default) | bfloat16 | float16
+  trust_remote_code   true: run Python code that comes with the model
 """
 
 
@@ -62,20 +77,30 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         case ["train", *rest]:
             return _train(rest)
+        case ["plan", *rest]:
+            from horizon.commands import plan
+
+            return plan.run(rest)
+        case ["doctor", *rest]:
+            from horizon.commands import doctor
+
+            return doctor.run(rest)
         case ["check", *rest]:
             return _check(rest)
+        case ["replay", *rest]:
+            return _replay(rest)
         case ["bench", *rest]:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training, whose steps it times
-            from horizon.bench.command import bench
+            from horizon.commands import bench
 
-            return bench(rest)
+            return bench.run(rest)
         case ["report", *rest]:
-            from horizon.report.command import report
+            from horizon.commands import report
 
-            return report(rest)
+            return report.run(rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
-    raise ConfigError(f"{arguments[0]!r} is no command; expected {_LISTED} (horizon --help)")
+    raise ConfigError(f"{arguments[0]!r} is no command; expected {', '.join(COMMANDS)} (horizon --help)")
 
 
 def _train(arguments: list[str]) -> int:
@@ -109,6 +134,20 @@ def _check(arguments: list[str]) -> int:
     from horizon.check import check_model  # after a misspelt setting had its chance: this loads transformers
 
     print(check_model(model))
+    return 0
+
+
+def _replay(arguments: list[str]) -> int:
+    """Steps of a log onto the weights that its run began with; nothing of Hydra's is needed."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(REPLAY_USAGE, end="")
+        return 0
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if len(given) < len(arguments) or not given.keys() <= REPLAY_KEYS or not {"base", "log", "out"} <= given.keys():
+        raise ConfigError(f"replay {' '.join(arguments)}: expected base=FOLDER log=FILE out=FOLDER [key=value ...]")
+    from horizon.replaying import replay
+
+    print(replay(**given))
     return 0
 
 

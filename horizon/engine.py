@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,34 +18,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from horizon.check import ensure_supported
+from horizon.building import Parts, build_parts
 from horizon.checkpoint.hf_export import Tokenizer, export_model
-from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, OnNonFinite
-from horizon.config.values import choice, patterns, settings
+from horizon.config.schema import Clip, MemoryConfig, OnNonFinite
 from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
-from horizon.models.skeleton import open_model
 from horizon.optim.adamw import AdamW
-from horizon.optim.clipping import LAGGED_NOTE, Clipping
-from horizon.optim.steps import StepOutcome
+from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
 from horizon.report.recording import Recording
-from horizon.runtime import Runtime, build_runtime
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
+from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
+from horizon.zo.settings import ZerothOrder
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """What `forward_backward` has left for `optimizer_step`."""
-
-    num_tokens: int = 0
-    loss: float = 0.0  # mean over them
-    batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
 
 
 class Engine:
@@ -60,20 +48,11 @@ class Engine:
         plan: predicted bytes per tier.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        *,
-        lr: float,
-        clipping: Clipping,
-        seed: int,
-        on_nonfinite: OnNonFinite,
-    ):
-        self._runtime = runtime
-        self.lr = lr
-        self._clipping, self._seed, self._on_nonfinite = clipping, seed, on_nonfinite
+    def __init__(self, parts: Parts, seed: int):
+        self._runtime, self.lr = parts.runtime, parts.lr
+        self._clipping, self._seed, self._on_nonfinite = parts.clipping, seed, parts.on_nonfinite
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
-        self._waiting = _Waiting()
+        self._waiting = WaitingGradients()
         self._has_gradients = False
         self._closed = False
 
@@ -82,7 +61,7 @@ class Engine:
         cls,
         model: Any,
         *,
-        optimizer: AdamW | None = None,
+        optimizer: AdamW | ZerothOrder | None = None,
         memory: MemoryConfig | None = None,
         max_grad_norm: float | None = 1.0,
         device: str = "auto",
@@ -101,9 +80,9 @@ class Engine:
         Args:
             model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
                 live transformers model, whose weights are copied and which is left as it is.
-            optimizer: AdamW settings; default `AdamW()`.
+            optimizer: settings of AdamW or of zeroth-order steps; default `AdamW()`.
             memory: budgets and slots; default `MemoryConfig()`.
-            max_grad_norm: clip the global gradient norm to this; None: no clipping, less host memory.
+            max_grad_norm: of AdamW: clip the global gradient norm to this; None: no clipping, less host memory.
             device: "auto", "cpu", "cuda" or "cuda:1".
             compute_dtype: "auto" (bfloat16 on a GPU, float32 on CPU), "bfloat16" or "float32".
             kernels: "auto" (Liger's where installed, on a GPU), "liger" or "torch".
@@ -117,24 +96,12 @@ class Engine:
         Raises:
             HorizonError: named by kind; nothing stays allocated.
         """
-        clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
-        on_bad = choice(OnNonFinite, on_nonfinite, "on_nonfinite")
-        optimizer = settings(AdamW, optimizer, "optimizer")
-        clipping.check(optimizer, on_bad)
-        memory = settings(MemoryConfig, memory, "memory")
-        dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
-        frozen = patterns(freeze, "freeze")
-        skeleton, weights = open_model(model, revision, trust_remote_code)
-        if self_check:
-            ensure_supported(skeleton.config, trust_remote_code)
-        runtime = build_runtime(
-            skeleton, weights, optimizer=optimizer, memory=memory, device=device, compute_dtype=dtype, seed=seed,
-            kernels=kernel_kind, freeze=frozen, clipping=clipping,
-            keeps_gradients=clipping.keeps_gradients or on_bad is OnNonFinite.skip,
+        parts = build_parts(
+            model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device, clip=clip,
+            compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite,
+            revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
         )  # fmt: skip
-        if clipping.mode is Clip.lagged:
-            logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
-        return cls(runtime, lr=optimizer.lr, clipping=clipping, seed=seed, on_nonfinite=on_bad)
+        return cls(parts, seed)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
@@ -182,20 +149,22 @@ class Engine:
 
         Raises:
             BatchError: nothing was added.
+            HorizonError: the optimizer is of zeroth order and computes no gradients.
         """
         self._require_open()
+        runtime = require_gradients(self._runtime, "forward_backward")
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
         tokens = num_trained_tokens(batches)
         total = waiting.num_tokens + tokens
         old_share = waiting.num_tokens / total
 
         def accumulate(seed: int) -> Tensor:
-            self._runtime.keep_fp32_gradients()
-            return self._runtime.accumulate(batches, seed, old_share, loss_fn)
+            runtime.keep_fp32_gradients()
+            return runtime.accumulate(batches, seed, old_share, loss_fn)
 
         loss = float(self._run_pass(accumulate))
         mean = waiting.loss * old_share + loss * (1 - old_share)
-        self._waiting = _Waiting(total, mean, batches if math.isfinite(waiting.loss) else waiting.batches)
+        self._waiting = WaitingGradients(total, mean, batches if math.isfinite(waiting.loss) else waiting.batches)
         self._has_gradients = True
         return loss
 
@@ -208,11 +177,12 @@ class Engine:
         """
         started = time.perf_counter()
         self._require_open()
+        runtime = require_gradients(self._runtime, "optimizer_step")
         self._check_lr()
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
-        waiting, self._waiting = self._waiting, _Waiting()
-        step, outcome = self.num_steps + 1, self._runtime.apply(self.lr, waiting.loss)
+        waiting, self._waiting = self._waiting, WaitingGradients()
+        step, outcome = self.num_steps + 1, runtime.apply(self.lr, waiting.loss)
         return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
@@ -247,11 +217,12 @@ class Engine:
             HorizonError: no backward yet, or gradients are not kept (`step` without clipping updates as they land).
         """
         self._require_open()
+        runtime = require_gradients(self._runtime, "named_gradients")
         if not self._has_gradients:
             raise HorizonError(
                 "no gradients are kept: run a backward first; without clipping use forward_backward instead of step"
             )
-        return self._runtime.read_gradients()
+        return runtime.read_gradients()
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> None:
         """Write a Hugging Face folder from the masters, tensor by tensor.
@@ -265,6 +236,27 @@ class Engine:
         self._runtime.wait_for_updates()
         skeleton, read = self._runtime.model.skeleton, self._runtime.store.read_master
         export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)
+
+    # ---- zeroth order: a run is its log
+
+    def log_steps(self, path: str | Path, model: str = "") -> None:
+        """Write the steps so far, and each one from now on, to a replay log; `model` says there what it began with.
+
+        Raises:
+            HorizonError: the optimizer is not of zeroth order.
+        """
+        self._require_open()
+        of_zeroth_order(self._runtime, "log_steps").log_steps(Path(path), model)
+
+    def replay(self, path: str | Path) -> int:
+        """Take the steps of a replay log, before any other; gives their number, after which training can go on.
+
+        Raises:
+            CheckpointError: the log cannot be read, or belongs to other weights or settings.
+            HorizonError: the optimizer is not of zeroth order, or the engine has taken steps.
+        """
+        self._require_open()
+        return of_zeroth_order(self._runtime, "replay").replay(Path(path))
 
     # ---- facts
 
@@ -309,7 +301,7 @@ class Engine:
             ConfigError: the model has no positions for rows of that length.
         """
         self._require_open()
-        return self._runtime.planner.announce(batch_size, seq_len, rows)
+        return self._runtime.plan_micro_batch(batch_size, seq_len, rows)
 
     def trace(
         self, path: str | Path | None = None, picture: str | Path | None = None
@@ -332,7 +324,7 @@ class Engine:
         """Stop the workers and release all memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._waiting = _Waiting()
+            self._waiting = WaitingGradients()
             self._runtime.close()
 
     def __enter__(self) -> Engine:
@@ -359,13 +351,18 @@ class Engine:
         try:
             found = self._runtime.guarded(lambda: work(self._seed * 1_000_003 + self._num_passes + 1))
         except BaseException:
-            self._has_gradients, self._waiting = False, _Waiting()
+            self._has_gradients, self._waiting = False, WaitingGradients()
             raise
         self._num_passes += 1
         return found
 
     def _result(
-        self, step: int, outcome: StepOutcome, batches: list[MicroBatch], num_tokens: int, started: float
+        self,
+        step: int,
+        outcome: StepOutcome | ZerothOrderOutcome,
+        batches: list[MicroBatch],
+        num_tokens: int,
+        started: float,
     ) -> StepResult:
         if outcome.applied is None:
             self._drop(step, outcome.loss, batches)

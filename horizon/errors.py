@@ -13,7 +13,17 @@ class ConfigError(HorizonError):
 
 
 class BudgetError(HorizonError):
-    """Something does not fit the memory it was given; raised before it is allocated."""
+    """Something does not fit the memory it was given; raised before it is allocated.
+
+    Attributes:
+        tier: whose bytes are too few, where the plan says so; None: the system or the device refused.
+        needed: bytes that the plan asks of it.
+        limit: bytes that it may have.
+    """
+
+    def __init__(self, message: str, tier: str | None = None, needed: int = 0, limit: int = 0):
+        super().__init__(message)
+        self.tier, self.needed, self.limit = tier, needed, limit
 
 
 class UnsupportedModelError(HorizonError):

@@ -36,7 +36,6 @@ class Arranged(Protocol):
     model: BlockModel
     plan: MemoryPlan
     needs: MemoryNeeds
-    buffers: GradientBuffers
 
     @property
     def version(self) -> int:
@@ -75,7 +74,7 @@ class StepPlanner:
         parts, limit = self._parts, self._parts.model.max_positions
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
-        kept = parts.buffers.kept
+        kept = parts.needs.keeps_gradients
         self._predictor.learn(parts.updates_per_s)
         rows = rows or next(
             self._leaving_room(
@@ -90,9 +89,9 @@ class StepPlanner:
         parts.plan = parts.plan.with_activations(planned.lines, parts.guarded(predict))
         return rows
 
-    def space(self, batches: Sequence[MicroBatch], borrow: bool) -> StepSpace:
-        """Room for the activations of a step; with `borrow` also in gradient buffers that are idle meanwhile."""
-        planned, buffers = self._plan([b.shape for b in batches], borrow), self._parts.buffers
+    def space(self, batches: Sequence[MicroBatch], buffers: GradientBuffers, borrow: bool) -> StepSpace:
+        """Room for the activations of a step; with `borrow` also in gradient buffers, where idle meanwhile."""
+        planned = self._plan([b.shape for b in batches], borrow)
         idle = self.idle_bytes(self._parts.needs, borrow)
         lent: list[Tensor] = [buffers.claim(b)[: size // buffers.dtype.itemsize] for b, size in enumerate(idle)]
         tokens = [rows * length for rows, length in (b.shape for b in batches)]

@@ -16,6 +16,7 @@ class StepResult:
     skipped: bool = False  # not finite, and on_nonfinite is "skip": nothing was updated
     clip_scale: float = 1.0  # what the gradients were multiplied by; below 1: clipped
     corrected_blocks: int = 0  # clip=speculative: updated as if nothing were clipped, and then again
+    projected_gradients: tuple[float, ...] = ()  # zeroth order: (L+ - L-) / (2 eps) of each query; grad_norm is NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class StepRow:
     skipped: bool  # the gradients were not finite and the weights stayed (train.on_nonfinite=skip)
     clip_scale: float  # what the gradients were multiplied by; below 1: clipped
     corrected_blocks: int  # updated before the norm was known, and again because it clipped (optim.clip=speculative)
+    projected_gradients: list[float]  # optim=mezo: (L+ - L-) / (2 eps) of each query; grad_norm is then null
     simulated: bool  # the cxl tier was a stand-in (memory.cxl_simulated.size): no time here is that of a real one
     time: float  # when the step ended, seconds since 1970
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +58,8 @@ from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.head import LossFn, chunk_tokens
-from horizon.stream.prediction import Predictor
+from horizon.stream.measure import measure_working_set
+from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
@@ -93,9 +95,13 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            activations = Activations(self.executor, self.streams, recompute, token_bytes, needs.cxl.boundary_nodes)
+            working_set = partial(measure_working_set, self.executor)
+            activations = Activations(
+                working_set, self.streams, not self._pin, recompute, token_bytes, needs.cxl.boundary_nodes
+            )
             release.callback(activations.close)
-            self.planner = StepPlanner(self, placer, activations, Predictor(self.executor, rates, token_bytes))
+            predictor = Predictor(timed_on(self.executor), rates, token_bytes)
+            self.planner = StepPlanner(self, placer, activations, predictor)
             release.callback(delattr, self, "planner")  # it holds the executor, too
             self.executor.use_buffers(self.buffers)
             release.callback(self.streams.synchronize)
@@ -143,11 +149,13 @@ class Runtime:
 
     def run_step(self, batches: Sequence[MicroBatch], lr: float, seed: int, loss_fn: LossFn | None) -> StepOutcome:
         """A whole step: forward, backward, and the update, which may run on behind."""
-        return self._steps.run(batches, lambda: self.planner.space(batches, self.buffers.kept), lr, seed, loss_fn)
+        space = partial(self.planner.space, batches, self.buffers, self.buffers.kept)
+        return self._steps.run(batches, space, lr, seed, loss_fn)
 
     def accumulate(self, batches: Sequence[MicroBatch], seed: int, old_share: float, loss_fn: LossFn | None) -> Tensor:
         """Forward and backward that leaves old_share * (waiting gradients) + (1 - old_share) * (this batch's)."""
-        return self._steps.accumulate(batches, self.planner.space(batches, old_share == 0), seed, old_share, loss_fn)
+        space = self.planner.space(batches, self.buffers, old_share == 0)
+        return self._steps.accumulate(batches, space, seed, old_share, loss_fn)
 
     def apply(self, lr: float, loss: float) -> StepOutcome:
         """Clip and apply the gradients that `accumulate` has left; `loss` is theirs."""
@@ -259,6 +267,10 @@ class Runtime:
 
     # ---- memory
 
+    def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None) -> int:
+        """See `StepPlanner.announce`."""
+        return self.planner.announce(batch_size, seq_len, rows)
+
     def device_bytes(self) -> int:
         """Peak device memory of this process; on CPU the planned bytes of the stand-in."""
         if self.device.type == "cuda":
@@ -274,6 +286,14 @@ class Runtime:
 
     def _trainable_names(self) -> list[str]:
         return [p.name for layout in self.model.layouts for p in layout.trainable]
+
+
+def check_memory(memory: MemoryConfig) -> None:
+    """Raise a ConfigError where the settings cannot work anywhere."""
+    if memory.weight_slots < 1:
+        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    if memory.update_threads is not None and memory.update_threads < 1:
+        raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")
 
 
 def build_runtime(
@@ -298,11 +318,8 @@ def build_runtime(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+    check_memory(memory)
     num_threads = default_num_threads() if memory.update_threads is None else memory.update_threads
-    if num_threads < 1:
-        raise ConfigError(f"memory.update_threads must be >= 1, got {num_threads}")
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)

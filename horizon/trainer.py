@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from horizon.building import make_optimizer
 from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
 from horizon.data import Loader, TextData, load_data
-from horizon.errors import ConfigError
+from horizon.errors import BudgetError, ConfigError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
-from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
+LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
 SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
 RECORDED = 3, 5  # steps, first and last: past compilation and first allocations, and few enough to be quick
 PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
@@ -42,8 +44,8 @@ PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model and, where they are asked for,
-    trace.json and trace.png into `output_dir`.
+    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
+    where they are asked for, trace.json and trace.png into `output_dir`.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -58,6 +60,7 @@ class Trainer:
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.trace_path = self.output_dir / "trace.json"
+        self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far
 
     def run(self) -> RunSummary:
@@ -75,11 +78,31 @@ class Trainer:
             self._check_architecture()
         data = self._load_data(source)
         print(data.summary, flush=True)
-        with build_engine(self.config, source, data.tokenizer) as engine:
+        with self._advising(len(data.tokenizer)):
+            engine = build_engine(self.config, source, data.tokenizer)
+        with engine:
+            if self.config.optim.name == "mezo":
+                engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
             summary = self._run(engine, data)
         (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         self._print_end(summary)
         return summary
+
+    @contextmanager
+    def _advising(self, vocab_size: int) -> Iterator[None]:
+        """Add to a refusal which settings would fit."""
+        try:
+            yield
+        except BudgetError as error:
+            if error.tier is None:
+                raise  # the system refused, not the plan: nothing follows from arithmetic
+            from horizon.forecast.advise import advise  # here: only a refusal needs it
+
+            model = dataclasses.replace(
+                self.config.model, config={"vocab_size": vocab_size, **self.config.model.config}
+            )
+            config = dataclasses.replace(self.config, model=model)
+            raise BudgetError(f"{error}; {advise(config, error)}", error.tier, error.needed, error.limit) from error
 
     def _check_architecture(self) -> None:
         report = check_model(self.config.model)
@@ -102,7 +125,8 @@ class Trainer:
 
     def _run(self, engine: Engine, data: TextData) -> RunSummary:
         train, shuffle = self.config.train, self.config.data.shuffle
-        micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
+        with self._advising(engine.vocab_size):
+            micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
         loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
         held_out = validation_batches(data, train.eval_rows, micro_batch)
         print(engine.plan.table(), flush=True)
@@ -188,6 +212,7 @@ class Trainer:
             skipped=result.skipped,
             clip_scale=result.clip_scale,
             corrected_blocks=result.corrected_blocks,
+            projected_gradients=list(result.projected_gradients),
             simulated=engine.plan.limits.cxl.simulated,
             time=time.time(),
         )
@@ -216,6 +241,8 @@ class Trainer:
         if summary.simulated:
             print("the cxl tier was simulated: none of these times is that of a real one")
         print(describe_split(summary.split))
+        if self.config.optim.name == "mezo":
+            print(f"replay   {self.replay_path} (horizon replay base=FOLDER log={self.replay_path} out=FOLDER)")
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
         if summary.trace_file is not None:
             print(f"trace    {summary.trace_file} (open it at https://ui.perfetto.dev) and trace.png beside it")
@@ -239,8 +266,7 @@ def check_settings(config: HorizonConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"train.{key}={value} must be at least {least}")
-    if config.optim.name != "adamw":
-        raise ConfigError(f"optim.name={config.optim.name!r} is unknown; expected adamw")
+    make_optimizer(with_lr(config, None))
     if config.trace:
         require_matplotlib()
     if config.model.path is None and not config.model.config:
@@ -257,7 +283,10 @@ def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
     """The settings with `optim.lr`, when it is null, replaced by a rate that suits trained or random weights."""
     if config.optim.lr is not None:
         return config
-    lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
+    if config.optim.name == "mezo":
+        lr = LR_ZEROTH_ORDER
+    else:
+        lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
 
 
@@ -266,15 +295,8 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
     from horizon.engine import Engine
 
     model, optim = config.model, config.optim
-    assert optim.lr is not None
     settings: dict[str, Any] = {
-        "optimizer": AdamW(
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            moments=optim.moments,
-        ),
+        "optimizer": make_optimizer(config),
         "memory": config.memory,
         "max_grad_norm": optim.max_grad_norm,
         "clip": optim.clip,

@@ -49,3 +49,9 @@ def format_bytes(num_bytes: float) -> str:
 def align_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def format_size(num_bytes: int) -> str:
+    """`num_bytes` as a setting, rounded down: `24GiB`, or `512MiB` below ten GiB."""
+    unit, name = (GIB, "GiB") if num_bytes >= 10 * GIB else (MIB, "MiB")
+    return f"{num_bytes // unit}{name}" if num_bytes >= unit else f"{num_bytes}B"

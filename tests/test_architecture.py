@@ -12,7 +12,7 @@ PACKAGE = ROOT / "horizon"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A package imports only from those on its left; what shares a place knows nothing of each other.
-BASE = ("errors", "units", "records", "layout")
+BASE = ("errors", "units", "records", "layout", "cgroups")
 FLOW = (
     ("config",),
     ("models",),
@@ -23,10 +23,14 @@ FLOW = (
     ("checkpoint",),
     ("data", "report"),
     ("planner",),
-    ("runtime",),
+    ("runtime", "zo"),
+    ("forecast",),
     ("check",),
+    ("building",),
     ("engine",),
-    ("trainer", "bench"),
+    ("trainer", "replaying", "bench"),
+    ("doctor",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

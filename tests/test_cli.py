@@ -1,5 +1,6 @@
 """The command as a user meets it: its own process, exit codes, and what it prints where."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,16 +58,14 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
     for arguments in (["--help"], []):
         shown = horizon(*arguments)
         assert shown.returncode == 0
-        assert "horizon train" in shown.stdout and "horizon check" in shown.stdout
+        assert all(f"horizon {command}" in shown.stdout for command in ("train", "plan", "doctor", "check", "replay"))
 
 
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "horizon: ConfigError: 'trian' is no command; expected train, check, bench or report (horizon --help)\n"
-    )
+    expected = "expected train, plan, doctor, check, replay, bench, report (horizon --help)"
+    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; {expected}\n"
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -166,13 +165,13 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "check", "bench", "report"]),
+        ("horizon ", ["train", "plan", "doctor", "check", "replay", "bench", "report"]),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
         ("horizon train data=", ["data=messages", "data=python_stdlib", "data=text"]),
         ("horizon train data=text train.step", ["train.steps="]),
-        ("horizon check model=", ["model=hf", "model=tiny_llama"]),
+        ("horizon check model=opt-1", ["model=opt-1.3b", "model=opt-13b"]),
     ],
 )
 def test_completion_answers_the_typed_line(horizon, line, choices):
@@ -202,3 +201,80 @@ def test_check_without_arguments_says_how_it_is_used(horizon):
 def test_check_names_a_wrong_key(horizon):
     done = horizon("check", "modell=tiny_llama")
     assert (done.returncode, done.stderr) == (1, "horizon: ConfigError: modell is no setting; did you mean model?\n")
+
+
+# ---- plan and doctor
+
+SHAPE = ["model=qwen2.5-7b", "train.batch_size=32", "train.seq_len=1024", "machine=h200"]
+
+
+def test_plan_prints_one_json_object_and_exits_with_0_where_it_fits(horizon):
+    done = horizon("plan", "--json", *SHAPE, "memory.device_budget=24GiB")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["fits"] and answer["model"]["parameters"] == 7_615_616_512
+    assert answer["model"]["name"] == "qwen2.5-7b" and answer["machine"]["source"] == "machine=h200"
+    assert answer["plan"]["device_bytes"] <= 24 << 30
+    assert answer["plan"]["step"]["tokens"] == 32768
+
+
+def test_plan_exits_with_1_where_it_does_not_fit_and_names_what_would(horizon):
+    done = horizon("plan", "--json", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert not answer["fits"] and answer["refusal"]["tier"] == "host" and len(answer["alternatives"]) == 3
+    assert {"optim.moments": "int8"} in [other["settings"] for other in answer["alternatives"]]
+    done = horizon("plan", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
+    assert done.returncode == 1
+    assert "does not fit: needs " in done.stdout and "  optim.moments=int8 " in done.stdout
+
+
+def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(horizon, tmp_path):
+    done = horizon("plan", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "(a quick measurement; horizon doctor --measure makes a better one)" in done.stdout.splitlines()[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lrr=1"], "ConfigError: optim.lrr is no setting; did you mean optim.lr?"),
+        (["machine=nowhere.yaml"], "ConfigError: machine=nowhere.yaml: no such file;"),
+        (["--jsn"], "ConfigError: horizon plan has no flag --jsn; expected --json"),
+        (["train.batch_size=0"], "ConfigError: train.batch_size=0 must be at least 1"),
+        (["machine=h200", "device=cuda:3"], "ConfigError: device='cuda:3', but the machine"),
+        (["model.path=nowhere"], "CheckpointError: no such folder"),
+    ],
+)
+def test_what_plan_cannot_understand_is_one_line(horizon, arguments, message):
+    done = horizon("plan", "--json", *arguments) if arguments != ["--jsn"] else horizon("plan", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"horizon: {message}") and done.stderr.count("\n") == 1
+
+
+def test_plan_and_doctor_have_help(horizon):
+    assert "machine=FILE" in horizon("plan", "--help").stdout and "h200" in horizon("plan", "-h").stdout
+    assert "--measure" in horizon("doctor", "--help").stdout
+
+
+def test_doctor_prints_one_json_object(horizon):
+    done = horizon("doctor", "--json")
+    answer = json.loads(done.stdout)
+    assert done.returncode == (0 if answer["ok"] else 1)
+    assert {"name", "status", "found", "fix"} == set(answer["checks"][0])
+
+
+def test_replay_explains_itself_and_refuses_what_it_does_not_know(horizon):
+    for arguments in ([], ["--help"]):
+        assert "usage: horizon replay base=FOLDER_OR_HUB_ID log=FILE out=FOLDER" in horizon("replay", *arguments).stdout
+    for arguments in (["base=a", "log=b"], ["base=a", "log=b", "out=c", "speed=9"], ["base=a", "log=b", "out"]):
+        done = horizon("replay", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"horizon: ConfigError: replay {' '.join(arguments)}: expected base=FOLDER log=")
+
+
+def test_replay_of_what_is_not_there_is_one_line(horizon):
+    done = horizon("replay", "base=nowhere", "log=none", "out=c")
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: CheckpointError: no such folder")

@@ -83,7 +83,7 @@ def test_model_config_takes_the_keys_of_any_architecture():
         ("optim.max_grad_norm=high", "optim.max_grad_norm: .*could not be converted to Float"),
         ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[python_stdlib, text, messages\]"),
         ("train.steps=null", "train.steps: field 'train.steps' is not Optional"),
-        ("optim=sgd", "Could not find 'optim/sgd'; Available options in 'optim': adamw"),
+        ("optim=sgd", "Could not find 'optim/sgd'; Available options in 'optim': adamw; mezo"),
         ("a=[", "no viable alternative"),
     ],
 )

@@ -42,17 +42,17 @@ def settings_of(node, prefix=""):
 
 def test_every_setting_is_listed_with_its_default():
     listed = {}
-    for section in ("### model", "### data", "### optim", "### train", "### memory", "### top level"):
+    for section in ("### model", "### data", "### optim", "### zo", "### train", "### memory", "### top level"):
         listed |= {key: default.strip("`") for key, default in table(CONFIGURATION, section).items()}
     assert listed == dict(settings_of(HorizonConfig())) | {"model.config": "tiny_llama's"}
 
 
 def test_every_option_of_a_group_is_listed():
     listed = {
-        group: set(re.findall(r"`(\w+)`", options)) for group, options in table(CONFIGURATION, "## Groups").items()
+        group: set(re.findall(r"`([\w.-]+)`", options)) for group, options in table(CONFIGURATION, "## Groups").items()
     }
     folders = [folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()]
-    assert listed == {folder.name: {path.stem for path in folder.iterdir()} for folder in folders}
+    assert listed == {folder.name: {path.name.removesuffix(".yaml") for path in folder.iterdir()} for folder in folders}
 
 
 def test_every_field_of_the_metrics_is_listed():
@@ -70,13 +70,13 @@ def commands():
         for block in fenced("bash", page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words[:2] in (["horizon", "train"], ["horizon", "check"]) and "--config-dir" not in words:
+                if words[:1] == ["horizon"] and words[1] in ("train", "check", "plan") and "--config-dir" not in words:
                     yield pytest.param(words[2:], id=f"{page.name}: {' '.join(words)}")
 
 
 @pytest.mark.parametrize("words", list(commands()))
 def test_the_settings_in_every_command_exist(words):
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if "=" in word and not word.startswith("machine=")]
     pairs = (word.split("=", 1) for word in overrides)
     compose([f"{key}={value if value.startswith('[') else value.split(',')[0]}" for key, value in pairs])
 

@@ -54,6 +54,12 @@ def test_custom_loss_brings_the_student_nearer():
     assert 0 < after < 0.97 * before
 
 
+def test_zeroth_order_answers_better_and_replays(capsys):
+    before, after = load("zeroth_order").main(steps=40, device="cpu")
+    assert after < before - 0.1
+    assert f"KiB: {after:.1%}" in capsys.readouterr().out
+
+
 def test_every_example_is_short_and_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text()

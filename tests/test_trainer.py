@@ -64,7 +64,7 @@ class FakeEngine:
         assert rows == [3, 1]
         return SimpleNamespace(
             loss=5.0 - len(self.lrs), grad_norm=0.5, num_tokens=trained, skipped=False, clip_scale=0.5,
-            corrected_blocks=2,
+            corrected_blocks=2, projected_gradients=(),
         )  # fmt: skip
 
     @contextmanager
@@ -278,7 +278,7 @@ def test_the_learning_rate_suits_the_weights_unless_it_is_given(tmp_path):
         ({"train": TrainConfig(micro_batch=0)}, "train.micro_batch=0"),
         ({"train": TrainConfig(eval_rows=-1)}, "train.eval_rows=-1 must be at least 0"),
         ({"train": TrainConfig(sample_tokens=-1)}, "train.sample_tokens=-1"),
-        ({"optim": OptimConfig(name="sgd")}, "optim.name='sgd' is unknown; expected adamw"),
+        ({"optim": OptimConfig(name="sgd")}, "optim.name='sgd' is unknown; expected adamw or mezo"),
         ({"model": ModelConfig()}, "no model: set model.path"),
     ],
 )

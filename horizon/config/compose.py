@@ -1,6 +1,6 @@
 """Composes `conf/` (and the user's own folders) onto the typed schema with Hydra.
 
-Nothing but the command line imports this: the library takes the dataclasses of `horizon.config.schema` directly.
+The library takes the dataclasses of `horizon.config.schema` directly; machine files are read here, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
+from horizon.config.machine import MachineFile
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError, HorizonError
 
@@ -47,6 +49,37 @@ def compose(overrides: list[str]) -> HorizonConfig:
             return to_config(hydra.compose(CONFIG_NAME, overrides), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_config_error(error) from error
+
+
+def machine_names() -> list[str]:
+    """The machines that Horizon brings along."""
+    return sorted(path.stem for path in (conf_dir() / "machine").glob("*.yaml"))
+
+
+def load_machine(name: str) -> MachineFile:
+    """The machine that a file describes, or one that Horizon brings along.
+
+    Raises:
+        ConfigError: there is no such file, or it does not hold a machine; names the key.
+    """
+    path = Path(name).expanduser()
+    if name in machine_names():
+        path = conf_dir() / "machine" / f"{name}.yaml"
+    elif not path.is_file():
+        raise ConfigError(
+            f"machine={name}: no such file; expected a machine file, or one of {', '.join(machine_names())}"
+        )
+    try:
+        machine = OmegaConf.to_object(OmegaConf.merge(MachineFile, OmegaConf.load(path)))
+    except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"machine={name}: {_as_config_error(error)}") from error
+    assert isinstance(machine, MachineFile)
+    return machine
+
+
+def dump_machine(machine: MachineFile) -> str:
+    """A machine as a file's text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(machine))
 
 
 def run_with_hydra(

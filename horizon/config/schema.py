@@ -69,6 +69,12 @@ class Moments(StrEnum):
     int8 = "int8"  # 2.1: codes of 8 bits, scales for each 64; rounded stochastically
 
 
+class Master(StrEnum):
+    fp32 = "fp32"  # 4 bytes a parameter: a bf16 weight and 16 more bits
+    bf16 = "bf16"  # 2 bytes; updates are rounded stochastically
+    fp16 = "fp16"  # 2 bytes; updates are rounded stochastically
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -114,6 +120,18 @@ class OptimConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ZeroConfig:
+    """Of optim=mezo."""
+
+    eps: float = 1e-3  # how far weights are perturbed, absolutely
+    queries: int = 1  # noise vectors a step; each costs two forward passes
+    momentum: float = 0.0  # weight of the estimate of the step before, its square of the one before that, ...
+    momentum_steps: int = 1  # over so many steps, this one included
+    master: Master = Master.fp32  # how the host keeps weights
+    writeback_every: int = 1  # steps between two times that weights go back to the host
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     steps: int = 400
     batch_size: int = 4  # rows per optimizer step
@@ -138,7 +156,7 @@ class SimulatedCxl:
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
-    host_budget: str = "auto"  # DRAM for states, gradients and offloaded activations; auto: what is available
+    host_budget: str = "auto"  # DRAM of the whole process; auto: what is available; cgroup: what the cgroup allows
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
@@ -157,6 +175,7 @@ class HorizonConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    zo: ZeroConfig = field(default_factory=ZeroConfig)
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto

@@ -14,9 +14,8 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater
-from horizon.plan.cost import Rates
+from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.cxl import CxlTier
-from horizon.plan.states import MASTER, MOMENTS
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
 from horizon.store.tiers import Nodes
@@ -49,8 +48,7 @@ def cxl_bytes_per_s(cxl: CxlTier, num_threads: int, grad_dtype: torch.dtype, opt
     """Bytes that updates read and write in a second with all states on the tier; inf without one."""
     if cxl.bytes_per_s is not None or not cxl.num_bytes:
         return cxl.bytes_per_s or math.inf
-    moments = sum(2 * state.dtype.itemsize / state.group for state in MOMENTS[Moments(optimizer.moments)])
-    size = 2 * sum(state.dtype.itemsize for state in MASTER) + moments + grad_dtype.itemsize
+    size = update_bytes(Moments(optimizer.moments), grad_dtype)
     num_parameters = min(PARAMETERS["cuda"], int(cxl.num_bytes / (2 * size)))
     return size * measure_update_rate(num_parameters, num_threads, grad_dtype, optimizer, cxl.nodes)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -48,6 +48,15 @@ class StepOutcome:
         if self.applied is None:
             return StepResult(self.loss, float(self.norm), num_tokens, seconds, skipped=True)
         return StepResult(self.loss, float(self.norm), num_tokens, seconds, False, *self.applied)
+
+
+@dataclass(slots=True)
+class WaitingGradients:
+    """What `Engine.forward_backward` has left for `Engine.optimizer_step`."""
+
+    num_tokens: int = 0
+    loss: float = 0.0  # mean over them
+    batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
 
 
 class Steps:

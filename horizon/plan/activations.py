@@ -252,10 +252,15 @@ def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, lis
     room = [num_bytes // BORROW_ALIGN * BORROW_ALIGN for num_bytes in idle]
     placed: dict[Key, list[Piece]] = {}
     homeless: dict[Key, int] = {}
+    first = 0  # with room: earlier ones are full, and there are many keys
     for key in sorted(sizes):
         rest, placed[key] = sizes[key], []
-        for buffer in range(min(key[0], len(idle))):
-            if rest and room[buffer]:
+        while first < len(room) and not room[first]:
+            first += 1
+        for buffer in range(first, min(key[0], len(idle))):
+            if not rest:
+                break
+            if room[buffer]:
                 take = min(rest, room[buffer])
                 offset = idle[buffer] // BORROW_ALIGN * BORROW_ALIGN - room[buffer]
                 placed[key].append(Piece(buffer, offset, take))

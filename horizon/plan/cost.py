@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Recompute, Tier
+from horizon.config.schema import Moments, Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
@@ -141,6 +141,12 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
     """Elements of the block's gradient that cross the link: its own, and those of what it borrows."""
     own = sum(p.spec.numel for p in layout.trainable) if layout.index not in in_hbm else 0
     return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
+
+
+def update_bytes(moments: Moments, grad_dtype: torch.dtype) -> float:
+    """Bytes a parameter that an update reads and writes, as fractions where numbers stand for several parameters."""
+    states = sum(2 * state.dtype.itemsize / state.group for state in (*MASTER, *MOMENTS[moments]))
+    return states + grad_dtype.itemsize
 
 
 def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:

@@ -21,7 +21,7 @@ class CxlTier:
     """Nodes and room of the tier; the default: a machine, or a policy, without it."""
 
     num_bytes: int = 0  # that it may hold
-    nodes: tuple[int, ...] = ()  # none: a stand-in, or no tier at all
+    nodes: tuple[int, ...] = ()  # none: a stand-in, of a machine that is described only, or no tier at all
     dram_nodes: tuple[int, ...] = ()  # that the dram tier is bound to; none: where the kernel puts pages
     bytes_per_s: float | None = None  # of a stand-in
     interleaved: bool = False  # every array lies on all nodes of both tiers
@@ -53,7 +53,7 @@ class CxlTier:
         """Of an interleaved array, what lies on this tier."""
         if not self.interleaved:
             return 0.0
-        return 0.5 if self.simulated else len(self.nodes) / len(self.nodes + self.dram_nodes)
+        return len(self.nodes) / len(self.nodes + self.dram_nodes) if self.nodes else 0.5
 
     @property
     def takes_boundaries(self) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
 import torch
 
+from horizon.cgroups import memory_groups
 from horizon.config.schema import ComputeDtype, MemoryConfig
 from horizon.errors import ConfigError
 from horizon.plan.cxl import NO_CXL, CxlTier
@@ -19,6 +18,7 @@ ALLOCATOR_SLACK = 384 * MIB
 LIBRARIES = (
     640 * MIB
 )  # host memory that CUDA's libraries and compiled kernels take during the first steps (seen: 0.7 GiB)
+NO_LIMIT = 1 << 62  # version 1 writes about this where there is none
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
 
@@ -90,39 +90,62 @@ def host_overhead(device: torch.device) -> int:
 
 
 def available_host_bytes() -> int:
-    """Host memory this process may still take, the tighter of the system's and its cgroup's."""
-    return min(int(psutil.virtual_memory().available), _cgroup_room())
+    """Host memory this process may still take, the tighter of the system's and its cgroups'."""
+    return min(int(psutil.virtual_memory().available), cgroup_room())
 
 
-def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes below the cgroup's limit; huge without a limit."""
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = (root / limit_file).read_text().strip(), (root / used_file).read_text().strip()
-        except OSError:
-            continue
-        if limit != "max":
-            return max(0, int(limit) - int(used))
-    return 1 << 62
+def host_memory_bytes() -> int:
+    """All host memory of this machine, or what its cgroups let this process have of it."""
+    limits = [group.limit for group in memory_groups()]
+    return min([int(psutil.virtual_memory().total), *limits])
+
+
+def cgroup_room() -> int:
+    """Bytes below the tightest limit of this process's cgroups; huge without a limit."""
+    return min((group.room for group in memory_groups()), default=NO_LIMIT)
+
+
+def _host_limit(host_budget: str) -> int:
+    """Bytes that the process may have, those that it uses already included."""
+    if host_budget == "auto":
+        return available_host_bytes() + process_bytes()
+    if host_budget != "cgroup":
+        return parse_bytes(host_budget, "memory.host_budget")
+    if cgroup_room() >= NO_LIMIT:
+        raise ConfigError(
+            "memory.host_budget=cgroup, but no cgroup limits this process's memory; use auto or a size such as 100GiB"
+        )
+    return cgroup_room() + process_bytes()
+
+
+def _dram_of(available: int, cxl: CxlTier) -> int:
+    """What of the available memory is the dram tier's."""
+    if cxl.dram_nodes:
+        available = min(available, read_topology().free_bytes(cxl.dram_nodes) + process_bytes())
+    return max(0, available - cxl.num_bytes) if cxl.simulated else available
 
 
 def memory_limits(memory: MemoryConfig, device: torch.device, cxl: CxlTier = NO_CXL) -> Limits:
-    """Budgets in bytes; `auto` is what is available now, this process's own use included, and no other tier's."""
-    available = available_host_bytes() + process_bytes()
-    if cxl.dram_nodes:
-        available = min(available, read_topology().free_bytes(cxl.dram_nodes) + process_bytes())
-    if cxl.simulated:
-        available = max(0, available - cxl.num_bytes)
-    host = available if memory.host_budget == "auto" else parse_bytes(memory.host_budget, "memory.host_budget")
+    """Budgets in bytes; `auto` is what is available now, this process's own use included, and no other tier's.
+
+    Raises:
+        ConfigError: a budget is no size.
+    """
+    host = _host_limit(memory.host_budget)
+    if memory.host_budget == "auto":
+        host = _dram_of(host, cxl)
     if memory.device_budget != "auto":
         return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), cxl=cxl)
     if device.type == "cpu":
-        return Limits(host, available, cxl=cxl)
+        return Limits(host, _dram_of(available_host_bytes() + process_bytes(), cxl), cxl=cxl)
     free, total = torch.cuda.mem_get_info(device)
     return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, cxl=cxl)
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Device memory that nobody uses, learnt without a CUDA context; None where NVML is not available."""
+    used = _used_bytes(device)
+    return None if used is None else torch.cuda.get_device_properties(device).total_memory - used
 
 
 def context_bytes(device: torch.device) -> int:

@@ -255,11 +255,15 @@ def check_fits(plan: MemoryPlan, remedy: str) -> None:
             )
             raise BudgetError(
                 f"needs {format_bytes(need)} of {tier} memory ({parts}) but {format_bytes(limit)} is allowed, "
-                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {_round_up(need + slack)} "
-                f"(or use {remedy})"
+                f"{format_bytes(need - limit)} too little; the smallest {key} that works is {round_up(need + slack)} "
+                f"(or use {remedy})",
+                tier,
+                need,
+                limit,
             )
 
 
-def _round_up(num_bytes: int) -> str:
+def round_up(num_bytes: int) -> str:
+    """A budget that `num_bytes` fit, as a setting."""
     unit, name = (GIB, "GiB") if num_bytes >= 10 * GIB else (MIB, "MiB")
     return f"{-(-num_bytes // unit)}{name}"

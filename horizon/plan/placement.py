@@ -118,15 +118,18 @@ def choose_placement(needs: MemoryNeeds, limits: Limits, reserve: int) -> frozen
     As many as fit. More, should the host have no room for the others; whether the device then has, the plan decides.
     """
     num_blocks = len(needs.layouts)
-    placed = [replace(needs, in_hbm=first_blocks(needs.layouts, num)) for num in range(num_blocks + 1)]
-    fits = [num for num, option in enumerate(placed) if tier_bytes(option, "device") + reserve <= limits.device]
-    allowed = [num for num, option in enumerate(placed) if tier_bytes(option, "host") <= limits.host]
+    placed = [first_blocks(needs.layouts, num) for num in range(num_blocks + 1)]
+    sizes = [tier_bytes(replace(needs, in_hbm=in_hbm)) for in_hbm in placed]
+    fits = [num for num, (_, device) in enumerate(sizes) if device + reserve <= limits.device]
+    allowed = [num for num, (host, _) in enumerate(sizes) if host <= limits.host]
     best, least = max(fits, default=0), min(allowed, default=0)
-    if least > best and tier_bytes(placed[least], "device") <= limits.device:
+    if least > best and sizes[least][1] <= limits.device:
         best = least
-    return placed[best].in_hbm
+    return placed[best]
 
 
-def tier_bytes(needs: MemoryNeeds, tier: str) -> int:
-    """The fixed bytes of a tier."""
-    return sum(line.num_bytes for line in fixed_lines(needs) if line.tier == tier)
+def tier_bytes(needs: MemoryNeeds) -> tuple[int, int]:
+    """The fixed bytes of (host, device)."""
+    lines = fixed_lines(needs)
+    host, device = (sum(line.num_bytes for line in lines if line.tier == tier) for tier in ("host", "device"))
+    return host, device

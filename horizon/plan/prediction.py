@@ -37,11 +37,12 @@ class StepPrediction:
     def describe(self) -> str:
         """The prediction in a line."""
         return (
-            f"predicted step {_seconds(self.seconds)}, {self.tokens_per_s:,.0f} tokens/s, bound by {self.bound}: "
-            f"arithmetic {_seconds(self.arithmetic_s)}, waiting for link {_seconds(self.link_s)}, "
-            f"optimizer {_seconds(self.optimizer_s)}, launches {_seconds(self.launch_s)}"
+            f"predicted step {format_seconds(self.seconds)}, {self.tokens_per_s:,.0f} tokens/s, bound by {self.bound}: "
+            f"arithmetic {format_seconds(self.arithmetic_s)}, waiting for link {format_seconds(self.link_s)}, "
+            f"optimizer {format_seconds(self.optimizer_s)}, launches {format_seconds(self.launch_s)}"
         )
 
 
-def _seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
+    """`value` with a unit and about three digits."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -13,6 +13,7 @@ from horizon.records import StepRow
 from horizon.units import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
+SHOWN_QUERIES = 3
 # The bar takes what the numbers leave: tqdm's own format cut the gradient norm off below 140 columns.
 BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}|{elapsed}<{remaining}{postfix}"
 
@@ -21,9 +22,12 @@ def describe_step(row: StepRow) -> str:
     """The numbers of one step, short enough for a terminal's width."""
     skipped = " SKIPPED" if row.skipped else ""
     corrected = f" corrected {row.corrected_blocks}" if row.corrected_blocks else ""
+    slope = f"grad {row.grad_norm:.3g}"
+    if row.projected_gradients:
+        slope = "projected grad " + " ".join(f"{g:.3g}" for g in row.projected_gradients[:SHOWN_QUERIES])
     return (
         f"loss {row.loss:.4f} {_short(row.tokens_per_s)} tok/s host {format_bytes(row.host_bytes)} "
-        f"device {format_bytes(row.device_bytes)} lr {row.lr:.2e} grad {row.grad_norm:.3g}{corrected}{skipped}"
+        f"device {format_bytes(row.device_bytes)} lr {row.lr:.2e} {slope}{corrected}{skipped}"
     )
 
 

@@ -111,9 +111,7 @@ class HostStore:
         if tuple(value.shape) != param.spec.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
         start = param.offset
-        for piece in torch.split(
-            value.detach().reshape(-1), WRITE_PIECE
-        ):  # on a device there may be little room beside
+        for piece in torch.split(value.detach().reshape(-1), WRITE_PIECE):  # a device may have little room beside it
             high, low = split_master(piece.float())
             end = start + piece.numel()
             self.weights[block][start:end].copy_(high)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,9 +18,10 @@ from horizon.plan.activations import (
 from horizon.plan.memory import MemoryPlan
 from horizon.store.offload import OffloadSpace
 from horizon.stream.boundaries import Boundaries
-from horizon.stream.executor import Executor
-from horizon.stream.measure import measure_working_set, measured_rows
+from horizon.stream.measure import measured_rows
 from horizon.stream.streams import Streams
+
+WorkingSetOf = Callable[[int, int, int, Recompute], WorkingSet]  # of tokens of a row, rows, version and what is kept
 
 
 class StepSpace(NamedTuple):
@@ -34,16 +35,18 @@ class Activations:
     """Decides per batch shape what stays on the device, and holds what leaves it.
 
     Args:
-        recompute: as configured. On CPU `auto` is `full`: there, memory is what is scarce.
+        working_set: where a block's bytes come from: measured, or estimated for an engine that does not exist.
+        on_cpu: `recompute=auto` is then `full`, for memory is what is scarce there.
+        recompute: as configured.
         token_bytes: bytes of one token's hidden state.
         nodes: NUMA nodes of what leaves the device; none: where the kernel puts it.
     """
 
     def __init__(
-        self, executor: Executor, streams: Streams, recompute: Recompute, token_bytes: int, nodes: Sequence[int] = ()
-    ):
-        on_cpu = streams.device.type == "cpu"
-        self._executor, self._streams, self._token_bytes = executor, streams, token_bytes
+        self, working_set: WorkingSetOf, streams: Streams, on_cpu: bool, recompute: Recompute, token_bytes: int,
+        nodes: Sequence[int] = (),
+    ):  # fmt: skip
+        self._working_set_of, self._streams, self._token_bytes = working_set, streams, token_bytes
         self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
         self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
@@ -126,5 +129,5 @@ class Activations:
     def _working_set(self, seq_len: int, max_rows: int, version: int) -> WorkingSet:
         key = seq_len, measured_rows(seq_len, max_rows)
         if key not in self._measured:
-            self._measured[key] = measure_working_set(self._executor, *key, version, self._recompute)
+            self._measured[key] = self._working_set_of(*key, version, self._recompute)
         return self._measured[key]

@@ -60,3 +60,30 @@ def fused_cross_entropy(logits: Tensor, targets: Tensor, scale: float, ignored: 
         logits, gradient, targets.contiguous(), losses, vocab, scale, ignored=ignored, block=BLOCK, num_warps=16
     )
     return losses.sum() * scale, gradient
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _losses(logits, targets, losses, vocab, ignored: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += row * vocab
+    columns = tl.arange(0, block)
+    if target == ignored:
+        tl.store(losses + row, 0.0)
+        return
+    largest = tl.full((), -3e38, tl.float32)  # finite: a model may mask logits with -inf
+    total = tl.zeros((), tl.float32)
+    for start in range(0, vocab, block):
+        x = tl.load(logits + start + columns, mask=start + columns < vocab, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(largest, tl.max(x))
+        total = total * tl.exp(largest - above) + tl.sum(tl.exp(x - above))
+        largest = above
+    tl.store(losses + row, (largest + tl.log(total) - tl.load(logits + target).to(tl.float32)))
+
+
+def cross_entropies(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """The cross-entropy of each row of `logits` [N, V], fp32 [N]; 0 where the target is `ignored`. No gradient."""
+    num_rows, vocab = logits.shape
+    logits, losses = logits.contiguous(), torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    _losses[(num_rows,)](logits, targets.contiguous(), losses, vocab, ignored=ignored, block=BLOCK, num_warps=16)
+    return losses

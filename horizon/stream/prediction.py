@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -20,18 +20,44 @@ logger = logging.getLogger(__name__)
 
 
 Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of each micro-batch of a step
+# of (rows, tokens) of a micro-batch, version, what layers keep, and whether it is the step's only one
+StepTimesOf = Callable[[tuple[int, int], int, Set[Recompute], bool], StepTimes | None]
+
+
+def timed_on(executor: Executor) -> StepTimesOf:
+    """Times of passes as `executor` runs them.
+
+    They are None while steps are recorded, for they would be taken for theirs, and where the device has no room.
+    """
+
+    def times(shape: tuple[int, int], version: int, kinds: Set[Recompute], alone: bool) -> StepTimes | None:
+        if executor.recording:
+            return None
+        batch = sample_batch(executor, *shape)[0]
+        try:
+            return executor.time_passes(batch, version, kinds, alone=alone)
+        except torch.cuda.OutOfMemoryError as error:
+            executor.reset()
+            logger.warning("no prediction of the step's time: %s", str(error).splitlines()[0])
+            return None
+        finally:
+            if executor.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    return times
 
 
 class Predictor:
     """Predicts steps whose shape is planned ahead; nothing is timed for others.
 
     Args:
+        step_times: where the time of passes comes from: timed, or estimated for an engine that does not exist.
         rates: of the machine, measured before the states were allocated.
         token_bytes: bytes of one token's hidden state.
     """
 
-    def __init__(self, executor: Executor, rates: Rates, token_bytes: int):
-        self._executor, self._rates, self._token_bytes = executor, rates, token_bytes
+    def __init__(self, step_times: StepTimesOf, rates: Rates, token_bytes: int):
+        self._step_times, self._rates, self._token_bytes = step_times, rates, token_bytes
         self._times: dict[tuple[object, ...], tuple[Set[Recompute], StepTimes]] = {}  # with the kinds that were timed
         self._predictions: dict[tuple[object, ...], StepPrediction] = {}
 
@@ -69,24 +95,15 @@ class Predictor:
         """Time the passes over the first of these micro-batches, which is as large as any, once for each kind.
 
         Returns:
-            whether they are timed. Nothing is while steps are recorded, for it would be taken for theirs, nor where the
-            device has no room for it.
+            whether they are timed.
         """
         key = _timed_key(shapes)
         if key in self._times and kinds <= self._times[key][0]:
             return True
-        if self._executor.recording:
-            return False
-        batch = sample_batch(self._executor, *shapes[0])[0]
-        try:
-            times = self._executor.time_passes(batch, version, kinds, alone=len(shapes) == 1)
-        except torch.cuda.OutOfMemoryError as error:
-            self._executor.reset()
-            logger.warning("no prediction of the step's time: %s", str(error).splitlines()[0])
+        times = self._step_times(shapes[0], version, kinds, len(shapes) == 1)
+        if times is None:
             return False
         self._times[key] = kinds, times
-        if self._executor.device.type == "cuda":
-            torch.cuda.empty_cache()
         return True
 
 

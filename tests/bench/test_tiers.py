@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from horizon.bench import command, tiers
+from horizon.bench import tiers
 from horizon.bench.places import Place, simulated_place
 from horizon.bench.policies import Shape
 from horizon.bench.tiers import Options, Plan, measure_tiers
 from horizon.bench.update import update
+from horizon.commands import bench as command
 from horizon.config.schema import Policy
 from horizon.errors import ConfigError, DataError
 from horizon.report.charts import _nearest, _readable, charts_of
@@ -142,7 +143,7 @@ def quick(monkeypatch):
 
 
 def test_the_command_writes_three_files(quick, tmp_path, capsys):
-    assert command.bench(["tiers", "--quick", "--out", str(tmp_path / "a" / "b"), "--simulate", "0"]) == 0
+    assert command.run(["tiers", "--quick", "--out", str(tmp_path / "a" / "b"), "--simulate", "0"]) == 0
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"tiers.html", "tiers.md", "tiers.json"}
     shown = capsys.readouterr()
     assert re.match(r"\d+ rows in \d+ s\nhtml .*tiers\.html\nmd .*\njson .*\n", shown.out)
@@ -160,7 +161,7 @@ def test_a_missing_library_is_told_before_anything_is_measured(monkeypatch, tmp_
     with pytest.raises(
         ConfigError, match=rf"a report needs {name}, which is not installed: pip install 'horizon\[report\]'"
     ):
-        command.bench(["tiers", "--out", str(tmp_path)])
+        command.run(["tiers", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_missing_library_is_told_before_anything_is_measured(monkeypatch, tmp_
 )
 def test_wrong_arguments_are_one_line(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        command.bench(arguments)
+        command.run(arguments)
 
 
 def row(test, place, settings, unit, value, **more):

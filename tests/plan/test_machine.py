@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from horizon.cgroups import MemoryGroup
 from horizon.config.schema import MemoryConfig
 from horizon.errors import ConfigError
 from horizon.plan import machine
@@ -48,30 +49,21 @@ def test_other_kinds_of_devices_are_refused(name):
         resolve_device(name)
 
 
-@pytest.mark.parametrize(
-    ("files", "room"),
-    [
-        ({"memory.max": "1000\n", "memory.current": "400\n"}, 600),
-        ({"memory.max": "1000", "memory.current": "1400"}, 0),
-        ({"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"}, 800),
-        ({"memory.max": "max\n", "memory.current": "400\n"}, 1 << 62),
-        ({"memory.max": "1000"}, 1 << 62),  # half a file system says nothing
-        ({}, 1 << 62),
-    ],
-    ids=["v2", "v2 over its limit", "v1", "v2 without a limit", "v2 without usage", "no cgroup"],
-)
-def test_room_below_a_cgroups_limit(tmp_path, files, room):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert machine._cgroup_room(tmp_path) == room
-
-
 def test_the_tighter_of_system_and_cgroup_counts(monkeypatch):
-    monkeypatch.setattr(machine, "_cgroup_room", lambda: 5 * MIB)
+    monkeypatch.setattr(machine, "cgroup_room", lambda: 5 * MIB)
     assert machine.available_host_bytes() == 5 * MIB
-    monkeypatch.setattr(machine, "_cgroup_room", lambda: 1 << 62)
+    monkeypatch.setattr(machine, "cgroup_room", lambda: machine.NO_LIMIT)
     assert 0 < machine.available_host_bytes() < 1 << 50
+
+
+def test_a_budget_of_the_cgroup_is_its_room_whatever_the_system_says(monkeypatch):
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 1 * GIB)
+    monkeypatch.setattr(machine, "process_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(machine, "memory_groups", lambda: [MemoryGroup(100 * GIB, 30 * GIB), MemoryGroup(90 * GIB, 10)])
+    assert memory_limits(MemoryConfig(host_budget="cgroup"), CPU).host == 72 * GIB
+    monkeypatch.setattr(machine, "memory_groups", list)
+    with pytest.raises(ConfigError, match=r"memory\.host_budget=cgroup, but no cgroup limits"):
+        memory_limits(MemoryConfig(host_budget="cgroup"), CPU)
 
 
 def test_budgets_count_what_the_process_uses_already(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 
+from horizon.commands.report import run as report
 from horizon.errors import ConfigError, DataError
-from horizon.report.command import report
 from horizon.report.compare import Pair, compare
 from horizon.report.measurements import Measurements, Row, Run
 

@@ -12,7 +12,7 @@ from horizon.report.metrics import MetricsWriter
 ROW = StepRow(
     step=1, epoch=0, loss=2.5, lr=1e-3, grad_norm=0.75, num_tokens=2048, num_trained_tokens=2000, seconds=0.5,
     tokens_per_s=4096.0, host_bytes=3 << 30, device_bytes=5 << 20, skipped=False, clip_scale=1.0, corrected_blocks=0,
-    simulated=False, time=1.7e9,
+    projected_gradients=[], simulated=False, time=1.7e9,
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def test_a_step_in_words():
     assert describe_step(ROW) == "loss 2.5000 4.1k tok/s host 3 GiB device 5 MiB lr 1.00e-03 grad 0.75"
     assert describe_step(dataclasses.replace(ROW, skipped=True)).endswith(" SKIPPED")
     assert describe_step(dataclasses.replace(ROW, corrected_blocks=5)).endswith(" grad 0.75 corrected 5")
+    assert describe_step(dataclasses.replace(ROW, projected_gradients=[0.25, -3.0])).endswith(" projected grad 0.25 -3")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

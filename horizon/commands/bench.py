@@ -15,7 +15,7 @@ from horizon.report.tiers import write_html, write_markdown
 NAME = "tiers"  # of the files
 
 
-def bench(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Run the command; the exit code.
 
     Raises:

@@ -10,7 +10,7 @@ from horizon.report.charts import require_report_extra
 from horizon.report.compare import COLUMNS, read_both, table
 
 
-def report(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Run the command; the exit code.
 
     Raises:

@@ -1,0 +1,119 @@
+"""From what a caller of the engine asks for to its running parts: settings checked, the model opened, parts built."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from horizon.check import ensure_supported
+from horizon.checkpoint.hf_import import load_weights
+from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, MemoryConfig, OnNonFinite
+from horizon.config.values import choice, patterns, settings
+from horizon.errors import ConfigError
+from horizon.models.skeleton import open_model
+from horizon.optim.adamw import AdamW
+from horizon.optim.clipping import LAGGED_NOTE, Clipping
+from horizon.runtime import Runtime, build_runtime
+from horizon.zo.runtime import Write, ZerothOrderRuntime, build_zeroth_order
+from horizon.zo.settings import ZerothOrder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of."""
+
+    runtime: Runtime | ZerothOrderRuntime
+    lr: float
+    clipping: Clipping
+    on_nonfinite: OnNonFinite
+
+
+def build_parts(
+    model: Any, *, optimizer: AdamW | ZerothOrder | None, memory: MemoryConfig | None, max_grad_norm: float | None,
+    device: str, compute_dtype: str, kernels: str, seed: int, freeze: Sequence[str], on_nonfinite: str, clip: str,
+    revision: str | None, trust_remote_code: bool, self_check: bool,
+) -> Parts:  # fmt: skip
+    """The parts that `Engine.from_pretrained` describes.
+
+    Raises:
+        HorizonError: named by kind; nothing stays allocated.
+    """
+    on_bad = choice(OnNonFinite, on_nonfinite, "on_nonfinite")
+    memory = settings(MemoryConfig, memory, "memory")
+    dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
+    frozen = patterns(freeze, "freeze")
+    runtime: Runtime | ZerothOrderRuntime
+    if isinstance(optimizer, ZerothOrder):
+        clipping = _no_clipping(max_grad_norm, clip)
+    else:
+        optimizer = settings(AdamW, optimizer, "optimizer")
+        clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
+        clipping.check(optimizer, on_bad)
+    skeleton, weights = open_model(model, revision, trust_remote_code)
+    if self_check:
+        ensure_supported(skeleton.config, trust_remote_code)
+    if isinstance(optimizer, ZerothOrder):
+
+        def load(write: Write, target: torch.device) -> None:
+            load_weights(weights, skeleton, write, target, seed)
+
+        runtime = build_zeroth_order(
+            skeleton, load, settings=optimizer, memory=memory, device=device, compute_dtype=dtype, freeze=frozen,
+            kernels=kernel_kind,
+        )  # fmt: skip
+    else:
+        runtime = build_runtime(
+            skeleton, weights, optimizer=optimizer, memory=memory, device=device, compute_dtype=dtype, seed=seed,
+            kernels=kernel_kind, freeze=frozen, clipping=clipping,
+            keeps_gradients=clipping.keeps_gradients or on_bad is OnNonFinite.skip,
+        )  # fmt: skip
+    if clipping.mode is Clip.lagged:
+        logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
+    return Parts(runtime, optimizer.lr, clipping, on_bad)
+
+
+def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
+    """The optimizer that the settings describe, `optim.lr` filled in.
+
+    Raises:
+        ConfigError: no such optimizer, a value that cannot work, or a setting that only the other one has a use for.
+    """
+    optim, zo = config.optim, config.zo
+    assert optim.lr is not None
+    if optim.name == "adamw":
+        _require_defaults(zo, "zo", "adamw", [field.name for field in dataclasses.fields(zo)])
+        betas = (optim.beta1, optim.beta2)
+        return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments)
+    if optim.name == "mezo":
+        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "clip"])
+        return ZerothOrder(
+            lr=optim.lr, weight_decay=optim.weight_decay, seed=config.seed, eps=zo.eps, queries=zo.queries,
+            momentum=zo.momentum, momentum_steps=zo.momentum_steps, master=zo.master,
+            writeback_every=zo.writeback_every,
+        )  # fmt: skip
+    raise ConfigError(f"optim.name={optim.name!r} is unknown; expected adamw or mezo")
+
+
+def _require_defaults(settings: Any, group: str, optimizer: str, names: Sequence[str]) -> None:
+    defaults = type(settings)()
+    for name in names:
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(f"{group}.{name}={value} has no use with optim={optimizer}; leave it out")
+
+
+def _no_clipping(max_grad_norm: float | None, clip: str) -> Clipping:
+    """Zeroth-order steps have no gradient norm; the default of `max_grad_norm` is AdamW's."""
+    if max_grad_norm not in (None, 1.0) or clip != Clip.exact:
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm}, clip={clip}: zeroth-order steps have no gradients to clip; "
+            "set max_grad_norm=None (optim.max_grad_norm=null) and leave clip=exact"
+        )
+    return Clipping(None)

@@ -1,0 +1,202 @@
+"""An engine that does not exist: its steps are planned by the planner of those that do, on estimates.
+
+Nothing is allocated and no weights are read; the model is a skeleton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.data.tokenizer import given_tokenizer
+from horizon.errors import BudgetError, ConfigError
+from horizon.forecast.machine import Target
+from horizon.models.blocks import BlockModel
+from horizon.models.skeleton import build_skeleton, resolve_model
+from horizon.optim.adamw import AdamW
+from horizon.optim.clipping import Clipping
+from horizon.plan.activations import ActivationPlan
+from horizon.plan.cost import Rates, update_bytes
+from horizon.plan.estimate import Estimator
+from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
+from horizon.plan.placement import read_policy, unknown_activations
+from horizon.plan.prediction import StepPrediction
+from horizon.planner import StepPlanner
+from horizon.runtime import HEAD_CHUNK_BYTES, check_memory
+from horizon.stream.activations import Activations
+from horizon.stream.head import chunk_tokens
+from horizon.stream.prediction import Predictor
+from horizon.stream.streams import Streams
+
+T = TypeVar("T")
+CXL_SLOWER = 4  # updates with all states there, as published (arXiv 2507.03305)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run with these settings would use, and how long its steps would take."""
+
+    config: HorizonConfig
+    plan: MemoryPlan
+    needs: MemoryNeeds
+    activations: ActivationPlan
+    micro_batch: int
+
+    @property
+    def prediction(self) -> StepPrediction:
+        """Of a step in steady state."""
+        assert self.plan.prediction is not None
+        return self.plan.prediction
+
+    def layers_that(self, recompute: Recompute) -> int:
+        """How many layers keep what `recompute` says."""
+        kept = self.activations.recompute
+        return sum(kept.get(block, Recompute.full) is recompute for block in range(1, len(self.needs.layouts) - 1))
+
+
+def open_skeleton(config: HorizonConfig) -> BlockModel:
+    """The model that the settings name, without weights.
+
+    Raises:
+        HorizonError: it cannot be read or trained, as when training it.
+    """
+    model, source = config.model, None
+    if model.path is None and not model.config:
+        raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
+    if model.path is not None:
+        source = resolve_model(model.path, model.revision, model.trust_remote_code).folder
+    described: Path | Mapping[str, Any] = source or {"vocab_size": _vocabulary(config), **model.config}
+    return BlockModel(build_skeleton(described, model.trust_remote_code), model.freeze)
+
+
+def _vocabulary(config: HorizonConfig) -> int:
+    """Entries of the tokenizer that a model gets which says nothing of its vocabulary."""
+    tokenizer = given_tokenizer(config.data.tokenizer, None)
+    return config.data.vocab_size if tokenizer is None else len(tokenizer)
+
+
+class _Imagined:
+    """What `StepPlanner` plans for."""
+
+    version = 0
+    updates_per_s = None  # no update was seen
+
+    def __init__(self, model: BlockModel, needs: MemoryNeeds, plan: MemoryPlan, as_landed: bool):
+        self.model, self.needs, self.plan, self.as_landed = model, needs, plan, as_landed
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def rearrange(self, needs: MemoryNeeds) -> None:
+        self.plan, self.needs = plan_memory(needs, self.plan.limits), needs
+
+
+class Forecaster:
+    """Forecasts runs of one model on one machine, whose settings differ in anything but `model` and `device`."""
+
+    def __init__(self, model: BlockModel, target: Target):
+        self.model, self.target = model, target
+        self._buffer_bytes = sum(buffer.nbytes for buffer in model.skeleton.buffers())
+        self._streams = Streams.on(torch.device("cpu"))
+        self._estimators: dict[tuple[object, ...], Estimator] = {}
+
+    def needs(self, config: HorizonConfig) -> MemoryNeeds:
+        """The facts that decide the fixed memory, with all states on the host.
+
+        Raises:
+            ConfigError: settings that contradict each other.
+        """
+        optim, clipping = config.optim, Clipping(config.optim.max_grad_norm, config.optim.clip)
+        adamw = AdamW(betas=(optim.beta1, optim.beta2), eps=optim.eps, moments=optim.moments)
+        clipping.check(adamw, config.train.on_nonfinite)
+        check_memory(config.memory)
+        dtype = self.target.dtype(config.compute_dtype)
+        return MemoryNeeds(
+            self.model.layouts,
+            dtype,
+            dtype,
+            clipping.keeps_gradients or config.train.on_nonfinite is OnNonFinite.skip,
+            config.memory.weight_slots,
+            self.target.host_overhead,
+            self.target.device_overhead + self._buffer_bytes,
+            moments=Moments(optim.moments),
+            cxl=self.target.cxl(config.memory),
+        )
+
+    def forecast(self, config: HorizonConfig, limits: Limits | None = None) -> Forecast:
+        """What a run with these settings would use, within `limits` instead of those that the settings ask for.
+
+        Raises:
+            BudgetError: it does not fit.
+            ConfigError: settings that cannot work.
+        """
+        needs, memory = self.needs(config), config.memory
+        limits = limits or self.target.limits(memory)
+        placer = read_policy(memory, self.target.device, self.target.can_update, len(needs.layouts), needs.moments)
+        needs = placer.place(needs, limits, unknown_activations(limits))
+        parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
+        activations, predictor = self._estimates(config, needs)
+        planner, train = StepPlanner(parts, placer, activations, predictor), config.train
+        rows = planner.announce(train.batch_size, train.seq_len, train.micro_batch)
+        shapes = [(min(rows, train.batch_size - i), train.seq_len) for i in range(0, train.batch_size, rows)]
+        idle = planner.idle_bytes(parts.needs, needs.keeps_gradients)
+        planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
+        return Forecast(config, parts.plan, parts.needs, planned, rows)
+
+    def _estimates(self, config: HorizonConfig, needs: MemoryNeeds) -> tuple[Activations, Predictor]:
+        on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
+        key = needs.compute_dtype, fused
+        if key not in self._estimators:
+            chunk = chunk_tokens(self.model.vocab_size, HEAD_CHUNK_BYTES)
+            self._estimators[key] = Estimator.of(
+                self.model, self.target.facts, needs.compute_dtype, fused, on_gpu, chunk
+            )
+        estimator, token_bytes = self._estimators[key], self.model.hidden_size * needs.compute_dtype.itemsize
+        activations = Activations(
+            estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
+        )
+        rates = estimator.rates(needs.moments, config.memory.update_threads)
+        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs))
+        return activations, Predictor(estimator.step_times, rates, token_bytes)
+
+    def _cxl_bytes_per_s(self, rates: Rates, needs: MemoryNeeds) -> float:
+        """Of updates on cxl: a stand-in's, the machine file's, or what AdamW out of cache was seen to lose there."""
+        described = None if self.target.here else self.target.facts.tiers.get("cxl")
+        if needs.cxl.bytes_per_s is not None:
+            return needs.cxl.bytes_per_s
+        if described is not None:
+            return (
+                described.read_bytes_per_s + described.write_bytes_per_s
+            ) / 2  # an update reads as much as it writes
+        return rates.updates_per_s * update_bytes(needs.moments, needs.grad_dtype) / CXL_SLOWER
+
+    def may_fit(self, config: HorizonConfig) -> bool:
+        """Whether the fixed memory might fit, as nothing is placed in HBM but what the host has no room for."""
+        try:
+            needs, limits = self.needs(config), self.target.limits(config.memory)
+        except ConfigError:
+            return False
+        fixed = fixed_lines(needs)
+        total = sum(line.num_bytes for line in fixed)
+        host = sum(line.num_bytes for line in fixed if line.tier == "host")
+        elsewhere = limits.cxl.num_bytes if limits.cxl.num_bytes else limits.device
+        return host <= limits.host or (config.memory.policy is not Policy.dram and total <= limits.host + elsewhere)
+
+    def fits(self, config: HorizonConfig) -> Forecast | None:
+        """The forecast, or None where these settings do not fit or contradict each other."""
+        try:
+            return self.forecast(config)
+        except (BudgetError, ConfigError):
+            return None
+
+
+def _as_landed(config: HorizonConfig, needs: MemoryNeeds) -> bool:
+    """Whether the host updates a block as soon as its gradient has landed."""
+    if config.optim.max_grad_norm is None:
+        return not needs.keeps_gradients
+    return config.optim.clip is not Clip.exact
