@@ -90,9 +90,9 @@ def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
     if optim.name == "adamw":
         _require_defaults(zo, "zo", "adamw", [field.name for field in dataclasses.fields(zo)])
         betas = (optim.beta1, optim.beta2)
-        return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments)
+        return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments, optim.master)
     if optim.name == "mezo":
-        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "clip"])
+        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "master", "clip"])
         return ZerothOrder(
             lr=optim.lr, weight_decay=optim.weight_decay, seed=config.seed, eps=zo.eps, queries=zo.queries,
             momentum=zo.momentum, momentum_steps=zo.momentum_steps, master=zo.master,

@@ -14,7 +14,7 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
-COMMANDS = ("train", "plan", "doctor", "check", "replay", "bench", "report")
+COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -23,13 +23,16 @@ usage: horizon COMMAND [argument ...]
 Train causal language models that host memory owns and the device only borrows.
 
 commands:
-  train   train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
-  plan    what a run would use and how fast it would be: horizon plan [machine=FILE] [key=value ...]; allocates nothing
-  doctor  look at this machine: horizon doctor; with --measure, measure it for the plan
-  replay  rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
-  check   compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
-  bench   measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]; horizon bench --help
-  report  compare two measurements: horizon report compare A.json B.json [--out FILE]
+  train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  plan         what a run would use, and how fast: horizon plan [machine=FILE] [key=value ...]; allocates nothing
+  doctor       look at this machine: horizon doctor; with --measure, measure it for the plan
+  replay       rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
+  check        compare an architecture, streamed, with plain autograd: horizon check model.path=FOLDER_OR_HUB_ID
+  export       a Hugging Face folder from a checkpoint: horizon export CHECKPOINT FOLDER [dtype=bf16]
+  import       a checkpoint from a Hugging Face folder: horizon import MODEL_FOLDER CHECKPOINT
+  checkpoint   look after checkpoints: horizon checkpoint ls|verify|diff|prune FOLDER ...
+  bench        measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]
+  report       compare two measurements: horizon report compare A.json B.json [--out FILE]
 
 flags:
   -h, --help     print this and exit
@@ -87,6 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
             return doctor.run(rest)
         case ["check", *rest]:
             return _check(rest)
+        case ["export" | "import" | "checkpoint" as command, *rest]:
+            return _look_after_checkpoints(command, rest)
         case ["replay", *rest]:
             return _replay(rest)
         case ["bench", *rest]:
@@ -135,6 +140,20 @@ def _check(arguments: list[str]) -> int:
 
     print(check_model(model))
     return 0
+
+
+def _look_after_checkpoints(command: str, arguments: list[str]) -> int:
+    from horizon.commands import checkpoint
+
+    run, usage = {
+        "export": (checkpoint.export_command, checkpoint.EXPORT),
+        "import": (checkpoint.import_command, checkpoint.IMPORT),
+        "checkpoint": (checkpoint.checkpoint_command, checkpoint.CHECKPOINT),
+    }[command]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"usage: {usage}")
+        return 0
+    return run(arguments)
 
 
 def _replay(arguments: list[str]) -> int:

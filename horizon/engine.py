@@ -6,7 +6,6 @@ schedules or reports.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from horizon import checkpoints
 from horizon.building import Parts, build_parts
-from horizon.checkpoint.hf_export import Tokenizer, export_model
-from horizon.config.schema import Clip, MemoryConfig, OnNonFinite
-from horizon.errors import BatchError, ConfigError, HorizonError, NonFiniteError
+from horizon.checkpoint.hf_export import Tokenizer
+from horizon.checkpoint.saves import Save
+from horizon.config.schema import MemoryConfig
+from horizon.diagnosis import report_dropped, said_beside
+from horizon.errors import BatchError, ConfigError, HorizonError
+from horizon.inference import last_logits, mean_loss
 from horizon.optim.adamw import AdamW
 from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
@@ -33,7 +36,6 @@ from horizon.stream.head import LossFn
 from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
 from horizon.zo.settings import ZerothOrder
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -129,9 +131,7 @@ class Engine:
             BatchError, NonFiniteError: the step was not applied; the engine can go on. Without clipping, a gradient
                 that is not finite under a finite loss is noticed too late for that: the engine keeps raising.
         """
-        started = time.perf_counter()
-        self._require_open()
-        self._check_lr()
+        started = self._begin_step()
         if self._waiting.num_tokens:
             raise BatchError("step while gradients of forward_backward wait; call optimizer_step first")
         batches, step = self._prepare(batch, loss_fn is None), self.num_steps + 1
@@ -151,21 +151,16 @@ class Engine:
             BatchError: nothing was added.
             HorizonError: the optimizer is of zeroth order and computes no gradients.
         """
-        self._require_open()
         runtime = require_gradients(self._runtime, "forward_backward")
         batches, waiting = self._prepare(batch, loss_fn is None), self._waiting
         tokens = num_trained_tokens(batches)
-        total = waiting.num_tokens + tokens
-        old_share = waiting.num_tokens / total
 
         def accumulate(seed: int) -> Tensor:
             runtime.keep_fp32_gradients()
-            return runtime.accumulate(batches, seed, old_share, loss_fn)
+            return runtime.accumulate(batches, seed, waiting.share_beside(tokens), loss_fn)
 
         loss = float(self._run_pass(accumulate))
-        mean = waiting.loss * old_share + loss * (1 - old_share)
-        self._waiting = WaitingGradients(total, mean, batches if math.isfinite(waiting.loss) else waiting.batches)
-        self._has_gradients = True
+        self._waiting, self._has_gradients = waiting.joined(tokens, loss, batches), True
         return loss
 
     def optimizer_step(self) -> StepResult:
@@ -175,10 +170,7 @@ class Engine:
             HorizonError: there are none.
             NonFiniteError: they were dropped; the engine can go on.
         """
-        started = time.perf_counter()
-        self._require_open()
-        runtime = require_gradients(self._runtime, "optimizer_step")
-        self._check_lr()
+        started, runtime = self._begin_step(), require_gradients(self._runtime, "optimizer_step")
         if not self._waiting.num_tokens:
             raise HorizonError("optimizer_step without gradients: call forward_backward first")
         waiting, self._waiting = self._waiting, WaitingGradients()
@@ -187,20 +179,11 @@ class Engine:
 
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """The loss without gradients: mean over trained tokens (dropout off)."""
-        self._require_open()
-        batches = self._prepare(batch, loss_fn is None)
-        executor = self._runtime.executor
-        losses = self._runtime.guarded(lambda: [*map(float, executor.evaluate(batches, self.num_steps, loss_fn))])
-        weights = [1 if loss_fn is None else b.num_tokens for b in batches]
-        return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / num_trained_tokens(batches)
+        return mean_loss(self._runtime, self._prepare(batch, loss_fn is None), loss_fn)
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
-        self._require_open()
-        batches = self._prepare(batch, need_labels=False)
-        executor = self._runtime.executor
-        logits = self._runtime.guarded(lambda: [x.cpu() for x in executor.last_logits(batches, self.num_steps)])
-        return torch.cat(logits).float()
+        return last_logits(self._runtime, self._prepare(batch, need_labels=False))
 
     # ---- state by name
 
@@ -231,11 +214,50 @@ class Engine:
             dtype: of the saved tensors: "float32" keeps the masters exactly, "bfloat16" halves the size.
         """
         self._require_open()
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-        self._runtime.wait_for_updates()
-        skeleton, read = self._runtime.model.skeleton, self._runtime.store.read_master
-        export_model(folder, skeleton, read, getattr(torch, dtype), tokenizer=tokenizer)
+        checkpoints.export(self._runtime, folder, dtype, tokenizer)
+
+    # ---- checkpoints
+
+    @classmethod
+    def load_checkpoint(
+        cls, folder: str | Path, *, model: Any = None, weights_only: bool = False, **settings: Any
+    ) -> Engine:
+        """An engine that goes on from a checkpoint or, `weights_only`, begins at step 0 with its weights.
+
+        The model, whose own weights are not read, is by default what the checkpoint says; so are optimizer and seed.
+        """
+        return checkpoints.load(cls.from_pretrained, folder, model, weights_only, settings)
+
+    def plan_checkpoints(self, staging: str = "auto") -> None:
+        """Plan saves: `plan` then includes the host memory that they are written from. Else the first save does."""
+        self._require_open()
+        checkpoints.of_adamw(self._runtime, "plan_checkpoints").plan_saves(staging)
+
+    def save_checkpoint(
+        self, folder: str | Path, *, run: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
+    ) -> Save:
+        """Begin to write a checkpoint of this moment and return at once: training may go on meanwhile.
+
+        The folder appears when all of it is on disk. `run`: plain JSON values that `restore` gives back.
+
+        Raises:
+            CheckpointError: it cannot begin. If it fails later, `wait` and the engine's next call raise that.
+        """
+        self._require_open()
+        if self._waiting.num_tokens:
+            raise HorizonError("save_checkpoint while gradients of forward_backward wait; call optimizer_step first")
+        return checkpoints.begin_save(self._runtime, folder, self._num_passes, self._seed, run or {}, tokenizer)
+
+    def restore(self, folder: str | Path, *, weights_only: bool = False) -> dict[str, Any]:
+        """Go on from a checkpoint of this model, however that was placed; returns what `run` was when it was saved.
+
+        Raises:
+            CheckpointError: it is damaged, or (the engine can go on) model or optimizer are others; names what differs.
+        """
+        self._require_open()
+        manifest = checkpoints.restore(self._runtime, folder, weights_only)
+        self._num_passes, self._waiting, self._has_gradients = manifest.passes, WaitingGradients(), False
+        return manifest.run
 
     # ---- zeroth order: a run is its log
 
@@ -321,7 +343,7 @@ class Engine:
     # ---- life
 
     def close(self) -> None:
-        """Stop the workers and release all memory. Idempotent."""
+        """Stop the workers, when a save under way is on disk, and release all memory. Idempotent."""
         if not self._closed:
             self._closed = True
             self._waiting = WaitingGradients()
@@ -333,14 +355,13 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        if error is not None and not isinstance(error, Exception):
+            self._runtime.abandon_saves()  # Ctrl-C: who waits for a disk does not stop at once
+        with said_beside(error):
             self.close()
-        except Exception:
-            if error is None:
-                raise
-            logger.exception("closing the engine failed, too")  # what went wrong first is what the caller hears of
 
     def _prepare(self, batch: Batch | Sequence[Batch], need_labels: bool) -> list[MicroBatch]:
+        self._require_open()
         runtime, limit = self._runtime, self._runtime.model.max_positions
         batches = to_micro_batches(batch, runtime.device, self.vocab_size, max_positions=limit, need_labels=need_labels)
         runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
@@ -357,41 +378,23 @@ class Engine:
         return found
 
     def _result(
-        self,
-        step: int,
-        outcome: StepOutcome | ZerothOrderOutcome,
-        batches: list[MicroBatch],
-        num_tokens: int,
+        self, step: int, outcome: StepOutcome | ZerothOrderOutcome, batches: list[MicroBatch], num_tokens: int,
         started: float,
-    ) -> StepResult:
+    ) -> StepResult:  # fmt: skip
         if outcome.applied is None:
-            self._drop(step, outcome.loss, batches)
+            self._has_gradients = False
+            report_dropped(self._runtime, step, outcome.loss, batches, self._on_nonfinite, self._clipping)
         self._has_gradients = self._runtime.keeps_gradients and outcome.applied is not None
         self._runtime.streams.timeline.end_step()
         return outcome.result(num_tokens, time.perf_counter() - started)
-
-    def _drop(self, step: int, loss: float, batches: list[MicroBatch]) -> None:
-        """Say why a step is not finite, and raise unless such steps are skipped."""
-        self._has_gradients = False
-        message = f"step {step}: {self._runtime.explain_non_finite(loss, batches)}"
-        if self._on_nonfinite is OnNonFinite.skip:
-            logger.warning("%s; the step is skipped", message)
-            return
-        if self.num_steps < step:
-            remedy = "on_nonfinite=skip" + (" and clip=exact" if self._clipping.mode is Clip.lagged else "")
-            raise NonFiniteError(f"{message}; set {remedy} to drop such steps (train.on_nonfinite)")
-        error = NonFiniteError(
-            f"{message}; blocks were updated before that was known: load the last saved model and set max_grad_norm "
-            "with clip=exact, or on_nonfinite=skip (optim.max_grad_norm, optim.clip, train.on_nonfinite)"
-        )
-        self._runtime.fail(error)
-        raise error
 
     def _require_open(self) -> None:
         if self._closed:
             raise HorizonError("the engine is closed")
         self._runtime.raise_if_failed()
 
-    def _check_lr(self) -> None:
+    def _begin_step(self) -> float:
+        self._require_open()
         if not 0 <= self.lr < math.inf:
             raise ConfigError(f"engine.lr={self.lr}: expected a finite number >= 0")
+        return time.perf_counter()

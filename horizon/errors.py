@@ -26,6 +26,10 @@ class BudgetError(HorizonError):
         self.tier, self.needed, self.limit = tier, needed, limit
 
 
+class TierError(HorizonError):
+    """A tier lost or refused bytes it holds: a disk that is full, broken or gone."""
+
+
 class UnsupportedModelError(HorizonError):
     """The architecture cannot be cut into blocks that compute what the model computes."""
 

@@ -82,7 +82,7 @@ class StepPlanner:
             )
         )
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
-        if self._placer.moves and not self._place_fastest(shapes, kept):
+        if self._moves and not self._place_fastest(shapes, kept):
             self._place_for(shapes, kept, self._placer.place)
         planned = self._plan(shapes, kept)
         predict = partial(self._predictor.predict, parts.needs, planned, shapes, parts.version, parts.as_landed)
@@ -111,7 +111,7 @@ class StepPlanner:
     def _plan(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
         """Where the activations of micro-batches of these (rows, tokens) go; the engine's plan then includes them."""
         parts = self._parts
-        if self._placer.moves and parts.needs.in_hbm and shapes != self._placed_for:
+        if self._moves and parts.needs.in_hbm and shapes != self._placed_for:
             self._place_for(shapes, borrow, self._placer.make_room)
         fixed, idle = parts.plan.with_activations(()), self.idle_bytes(parts.needs, borrow)
         planned = parts.guarded(lambda: self._activations.plan(fixed, shapes, idle, parts.version))
@@ -119,6 +119,11 @@ class StepPlanner:
         return planned
 
     # ---- which blocks live in HBM
+
+    @property
+    def _moves(self) -> bool:
+        """Whether blocks may: where states are on other tiers of the host they do not."""
+        return self._placer.moves and not self._parts.needs.placed
 
     def _place_fastest(self, shapes: Shapes, borrow: bool) -> bool:
         """Move blocks so that such a step is fastest; False where the policy is another, or no step could be timed."""

@@ -43,25 +43,40 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """What crossed the link in a step, in one direction."""
+class CheckpointRow:
+    """One checkpoint, one line of `checkpoints.jsonl`."""
 
-    direction: str  # H2D or D2H
-    what: str  # weights, gradient, boundary
+    step: int  # optimizer steps that its weights have seen
+    folder: str
+    num_bytes: int  # of all arrays
+    seconds: float  # from when it was asked for until all of it was on disk
+    bytes_per_s: float  # num_bytes / seconds
+    stall_s: float  # training waited: for the save to begin, and for blocks to be set aside before their update
+    room_s: float  # of stall_s: the staging was full because the disk did not keep up
+    time: float  # when it was on disk, seconds since 1970
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What crossed the link in a step, in one direction, or what was read from or written to disk."""
+
+    direction: str  # H2D, D2H, or disk
+    what: str  # weights, gradient, boundary; of the disk: read, write
     num_bytes: int
-    least_bytes: int  # what a step needs with all states in host memory
+    least_bytes: int  # what a step needs with all states where they are
     busy_ms: float  # of the copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSplit:
-    """Where a step's time went; means over the recorded steps. The five parts add up to `step_ms`."""
+    """Where a step's time went; means over the recorded steps. The six parts add up to `step_ms`."""
 
     steps: int  # recorded
     step_ms: float
     arithmetic_ms: float  # kernels of blocks
     link_ms: float  # compute waited for a copy,
     optimizer_ms: float  # for an update,
+    disk_ms: float  # for states on nvme,
     data_ms: float  # for the caller's rows,
     launch_ms: float  # for the host to issue something
     hbm_update_ms: float  # of optimizer_ms: compute itself updated blocks that live in HBM
@@ -80,8 +95,8 @@ class StepSplit:
 class RunSummary:
     """What a finished run has to say; `summary.json`."""
 
-    steps: int
-    num_tokens: int  # of all steps, without padding
+    steps: int  # done, before a checkpoint that the run went on from, too
+    num_tokens: int  # of all steps that metrics.jsonl lists, without padding; so are the next ones
     seconds: float  # in steps, without evaluation and saving
     tokens_per_s: float
     loss: float  # of the last step
@@ -93,7 +108,9 @@ class RunSummary:
     validation_loss_after: float | None
     sample_before: str | None  # None: train.sample_tokens=0
     sample_after: str | None
-    split: StepSplit
+    split: StepSplit | None  # None: the run had been finished before, and had no step left
     output_dir: str
     model_dir: str | None  # None: train.save=false
+    checkpoint: str | None  # saved last; None: checkpoint.save_every=null
+    resumed_from: str | None  # the checkpoint; None: the run began anew
     trace_file: str | None  # None: trace=false

@@ -7,8 +7,6 @@ Everything that may be refused is refused by the plan, before the store is alloc
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -19,21 +17,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Moments, Recompute
+from horizon.checkpoint.manifest import Manifest
+from horizon.checkpoint.saves import Save, Saves
+from horizon.config.schema import (
+    ComputeDtype,
+    Kernels,
+    MasterFormat,
+    MemoryConfig,
+    Moments,
+    NvmeEngine,
+    Recompute,
+)
 from horizon.config.values import choice
-from horizon.errors import BudgetError, ConfigError
+from horizon.errors import BudgetError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.device import can_update, make_updater
 from horizon.optim.pace import simulated_pace
-from horizon.optim.rate import cxl_bytes_per_s, measure_rates
+from horizon.optim.rate import measure_rates
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
 from horizon.plan.cost import Rates
-from horizon.plan.cxl import CxlTier, read_cxl
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
@@ -41,19 +49,20 @@ from horizon.plan.machine import (
     lift_device_limit,
     limit_device,
     memory_limits,
+    pins,
     prepare_device,
     resolve_device,
     resolve_dtype,
 )
-from horizon.plan.memory import MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.memory import MemoryNeeds, MemoryPlan, check_fits, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
-from horizon.plan.topology import read_topology
+from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.plan.traffic import least_traffic
 from horizon.planner import StepPlanner
 from horizon.report.recording import Recording, record_steps
+from horizon.store.cxl import find_cxl
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
-from horizon.store.numa import bindable
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
@@ -65,7 +74,6 @@ from horizon.stream.timeline import Cause
 from horizon.units import MIB, format_bytes
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
@@ -75,30 +83,30 @@ class Runtime:
     def __init__(
         self, model: BlockModel, plan: MemoryPlan, needs: MemoryNeeds, placer: Placer, optimizer: AdamW,
         device: torch.device, num_threads: int, recompute: Recompute, clipping: Clipping, seed: int, rates: Rates,
+        memory: MemoryConfig,
     ):  # fmt: skip
         self.model, self.plan, self.needs, self.device = model, plan, needs, device
-        self._optimizer, self._num_threads, self._seed = optimizer, num_threads, seed
-        self._pin = device.type == "cuda"
+        self.optimizer, self._num_threads, self._seed, self._pin = optimizer, num_threads, seed, pins(device)
         with ExitStack() as release:  # in reverse, and all of it whatever fails
             release.callback(lift_device_limit, device)
             limit_device(device, plan.limits.device)
-            pin_residual = needs.compute_dtype is torch.float32
             self.store = HostStore(
-                model.layouts, self._pin, pin_residual, device, needs.in_hbm, needs.moments, needs.nodes
-            )
+                model.layouts, self._pin, needs.compute_dtype is torch.float32, device, needs.in_hbm, needs.moments,
+                needs.master, needs.placed, memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
+                needs.nodes,
+            )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
+            self.store.observe_disk(self.streams.timeline.disk)
             head_chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            working_set = partial(measure_working_set, self.executor)
-            activations = Activations(
-                working_set, self.streams, not self._pin, recompute, token_bytes, needs.cxl.boundary_nodes
-            )
+            working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes)
             release.callback(activations.close)
             predictor = Predictor(timed_on(self.executor), rates, token_bytes)
             self.planner = StepPlanner(self, placer, activations, predictor)
@@ -108,6 +116,8 @@ class Runtime:
             self._start_updater(needs)
             release.callback(lambda: self._updater.close())
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
+            self.saves = Saves(self.store, self.streams, needs.moments, model.skeleton)
+            release.callback(self.saves.close)  # before the updater: what is being saved waits for updates
             self._steps = Steps(
                 lambda: self.executor, self._updater, self.streams, self.store.ledger, clipping,
                 norms=self.gradient_norms, release=lambda block: self.buffers.release(block),
@@ -117,8 +127,8 @@ class Runtime:
 
     def _start_updater(self, needs: MemoryNeeds) -> None:
         self._updater = make_updater(
-            self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self._optimizer, self._num_threads,
-            self.streams, lambda block: self.buffers.release(block), self._seed, simulated_pace(needs),
+            self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self.optimizer, self._num_threads,
+            self.streams, lambda b: self.buffers.release(b), self._seed, self.store.pages, simulated_pace(needs),
         )  # fmt: skip
 
     @property
@@ -166,32 +176,21 @@ class Runtime:
         self.store.ledger.fail(error)
 
     def raise_if_failed(self) -> None:
-        """Raise the first failure of any thread, if there was one."""
+        """Raise the first failure of any thread, if there was one, or that of a save, once."""
         self.store.ledger.raise_if_failed()
+        self.saves.raise_if_failed()
+
+    def abandon_saves(self) -> None:
+        """Give up what is being saved, so that closing does not wait for a disk."""
+        self.saves.abandon()
 
     def gradient_norms(self) -> Tensor:
         """L2 norm of every trainable parameter's gradient, fp32 [parameters] on CPU, in the model's order."""
         assert self.executor.gradients is not None
         self.streams.timeline.enter(Cause.launch, "end of the step")
         norms = self.executor.gradients.norms.cpu()
-        by_name = dict(zip(self._trainable_names(), norms, strict=True))
+        by_name = dict(zip(self.trainable_names(), norms, strict=True))
         return torch.stack([by_name[name] for name in self.model.parameter_names if name in by_name])
-
-    def explain_non_finite(self, loss: float, batches: Sequence[MicroBatch]) -> str:
-        """Where a loss or a gradient went wrong: the first block by a forward pass that looks, or the parameter."""
-        if math.isfinite(loss):
-            return f"the gradient of {self._first_bad_gradient()} is not finite (loss {loss:.4g})"
-        block = self.guarded(lambda: self.executor.first_non_finite(batches, self.version))
-        if block is None:
-            return f"the loss is {loss}, though every block's output is finite; look at loss_fn and labels"
-        return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
-
-    def _first_bad_gradient(self) -> str:
-        """The parameter nearest the loss whose gradient is not finite."""
-        assert self.executor.gradients is not None
-        norms = self.executor.gradients.norms.cpu()
-        bad = [name for name, norm in zip(self._trainable_names(), norms, strict=True) if not norm.isfinite()]
-        return bad[-1] if bad else "no single parameter"
 
     def read_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 gradient as a new CPU tensor) of every trainable parameter, in the model's order."""
@@ -227,6 +226,7 @@ class Runtime:
         """
         plan = plan_memory(needs, self.plan.limits)
         self.wait_for_updates()
+        self.saves.settle()
         self._updater.close()
         self.executor.free_slots()
         try:
@@ -243,6 +243,62 @@ class Runtime:
             self.fail(error)  # what was on its way is lost
             raise
         self.plan, self.needs = plan, needs
+
+    # ---- checkpoints
+
+    def plan_saves(self, staging: str) -> None:
+        """Have room for checkpoints to be written from; `plan` then includes it. `staging`: a size, or `auto`.
+
+        Raises:
+            BudgetError: the host has no room for it.
+            ConfigError: the states are none that a checkpoint can hold.
+        """
+        check_saving(self.needs)
+        activations, prediction = self.plan.activations, self.plan.prediction
+
+        def planned(needs: MemoryNeeds) -> MemoryPlan:
+            return plan_memory(needs, self.plan.limits).with_activations(activations, prediction)
+
+        room = self.plan.limits.host - planned(replace(self.needs, saving=0)).num_bytes("host")
+        needs = replace(self.needs, saving=self.saves.memory(staging, room))
+        check_fits(planned(needs), "a smaller checkpoint.staging")
+        self.plan, self.needs = planned(needs), needs
+
+    def begin_save(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Save:
+        """See `Saves.begin`; blocks go in the order in which the next step will update them."""
+        if not self.saves.planned:
+            self.plan_saves("auto")
+        blocks = [layout.index for layout in self.model.layouts]
+        order = [*reversed(blocks)] if self._steps.as_landed else blocks
+        return self.saves.begin(folder, manifest, sorted(order, key=lambda b: b not in self.needs.in_hbm), tokenizer)
+
+    def restore(self, fill: Callable[[HostStore], None], version: int, last_norm: float | None) -> None:
+        """Have `fill` exchange all states; they have then seen `version` steps.
+
+        Raises:
+            CheckpointError: `fill` failed, and the states are of no use any more.
+            ConfigError: a checkpoint cannot fill states that are where these are; nothing has changed.
+        """
+        check_saving(self.needs)
+        self.wait_for_updates()
+        self.saves.settle()
+        self._updater.close()
+        self.executor.reset()
+        try:
+            fill(self.store)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.streams.synchronize()
+        self.store.ledger.reset(version)
+        self._start_updater(self.needs)
+        self._steps.use_updater(self._updater, self.buffers.kept)
+        self._steps.go_on_from(version, last_norm)
+
+    @property
+    def last_norm(self) -> float | None:
+        """Of the gradients of the step applied last."""
+        return self._steps.last_norm
 
     def guarded(self, work: Callable[[], T]) -> T:
         """Run device work; whatever fails, wait for what is in flight and forget the step."""
@@ -262,8 +318,7 @@ class Runtime:
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""
         names = [layout.name for layout in self.model.layouts]
-        title = f"horizon, {self.needs.cxl.name}" if self.needs.cxl.simulated else "horizon"
-        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture, title)
+        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture, self.needs.cxl.note)
 
     # ---- memory
 
@@ -282,18 +337,13 @@ class Runtime:
         self._release.close()
 
     def _states(self, block: int) -> dict[str, Tensor]:
+        """What an update of `block` takes, and is about to overwrite."""
+        self.saves.before_update(block)
         return {**self.store.states(block), "grads": self.buffers.claim(block)}
 
-    def _trainable_names(self) -> list[str]:
+    def trainable_names(self) -> list[str]:
+        """Of all parameters that have gradients, block by block."""
         return [p.name for layout in self.model.layouts for p in layout.trainable]
-
-
-def check_memory(memory: MemoryConfig) -> None:
-    """Raise a ConfigError where the settings cannot work anywhere."""
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
-    if memory.update_threads is not None and memory.update_threads < 1:
-        raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")
 
 
 def build_runtime(
@@ -326,33 +376,25 @@ def build_runtime(
     prepare_device(target)
     model.to(target)
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
-    rates = measure_rates(target, num_threads, dtype, optimizer)
-    cxl = _cxl_tier(memory)
-    rates = replace(rates, cxl_bytes_per_s=cxl_bytes_per_s(cxl, num_threads, dtype, optimizer))
+    cxl = find_cxl(memory)
+    rates = measure_rates(target, num_threads, dtype, optimizer, cxl)
     limits = memory_limits(memory, target, cxl)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    moments = Moments(optimizer.moments)
+    moments, master = Moments(optimizer.moments), MasterFormat(optimizer.master)
     needs = MemoryNeeds(
         model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
-        moments=moments, cxl=cxl,
+        moments=moments, master=master, cxl=cxl,
     )  # fmt: skip
-    placer = read_policy(memory, target, can_update(target), model.num_blocks, moments)
+    placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))
     plan = plan_memory(needs, limits)
-    runtime = Runtime(model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed, rates)
+    check_speculation(needs, clipping.mode)
+    runtime = Runtime(
+        model, plan, needs, placer, optimizer, target, num_threads, recompute, clipping, seed, rates, memory
+    )  # fmt: skip
     try:
         runtime.load(weights, seed)
     except BaseException:
         runtime.close()
         raise
     return runtime
-
-
-def _cxl_tier(memory: MemoryConfig) -> CxlTier:
-    """The tier that the settings ask for, on the nodes of this machine."""
-    cxl = read_cxl(memory, read_topology(), bindable())
-    if cxl.simulated:
-        log.warning(cxl.describe())
-    elif cxl.num_bytes:
-        log.info(cxl.describe())
-    return cxl

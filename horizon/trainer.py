@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from horizon.building import make_optimizer
@@ -18,15 +17,18 @@ from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
 from horizon.data import Loader, TextData, load_data
 from horizon.errors import BudgetError, ConfigError
+from horizon.interrupts import Interrupts
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
-from horizon.report.metrics import MetricsWriter, to_json
+from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
 from horizon.report.split import describe_split
 from horizon.report.trace import require_matplotlib
+from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
+from horizon.sampling import generate, sample_prompt, validation_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,16 +38,15 @@ if TYPE_CHECKING:
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
 LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
-SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
 RECORDED = 3, 5  # steps, first and last: past compilation and first allocations, and few enough to be quick
-PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
 
 
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
     Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
-    where they are asked for, trace.json and trace.png into `output_dir`.
+    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints, the first
+    SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -60,8 +61,9 @@ class Trainer:
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.trace_path = self.output_dir / "trace.json"
+        self.start = Start()
         self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
-        self.rows: list[StepRow] = []  # the steps done so far
+        self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
     def run(self) -> RunSummary:
         """Train, and print on the way what happens.
@@ -74,19 +76,39 @@ class Trainer:
         self.config = with_lr(self.config, source)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_config(self.config, self.output_dir / "config.yaml")
-        if model.self_check:  # before anything that takes long
-            self._check_architecture()
-        data = self._load_data(source)
-        print(data.summary, flush=True)
-        with self._advising(len(data.tokenizer)):
-            engine = build_engine(self.config, source, data.tokenizer)
-        with engine:
-            if self.config.optim.name == "mezo":
-                engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
-            summary = self._run(engine, data)
+        with RunCheckpoints(self.config, self.output_dir) as checkpoints:
+            self.start = checkpoints.find_start()
+            write_config(self.config, self.output_dir / "config.yaml")
+            if model.self_check:  # before anything that takes long
+                self._check_architecture()
+            data = self._load_data(source)
+            print(data.summary, flush=True)
+            self.start.check_data(data_facts(self.config, data.train))
+            kept = self.start.step if checkpoints.holds(self.start) else 0
+            self.rows = [from_row(StepRow, row) for row in cut_rows(self.metrics_path, kept)]
+            if self.step >= self.config.train.steps and not self.rows:
+                raise ConfigError(f"train.steps={self.config.train.steps}, but {self.start.folder} is at {self.step}")
+            with self._advising(len(data.tokenizer)):
+                engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
+            with engine:
+                if self.config.optim.name == "mezo":
+                    engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
+                if checkpoints.is_on:
+                    engine.plan_checkpoints(self.config.checkpoint.staging)
+                summary = self._run(engine, data, checkpoints)
         (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         self._print_end(summary)
         return summary
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, those before a checkpoint included."""
+        return self.rows[-1].step if self.rows else self.start.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all these steps."""
+        return self.start.tokens + sum(row.num_tokens for row in self.rows if row.step > self.start.step)
 
     @contextmanager
     def _advising(self, vocab_size: int) -> Iterator[None]:
@@ -94,8 +116,8 @@ class Trainer:
         try:
             yield
         except BudgetError as error:
-            if error.tier is None:
-                raise  # the system refused, not the plan: nothing follows from arithmetic
+            if error.tier is None or self.config.optim.name != "adamw":
+                raise  # the system refused, not a plan; or the plan is of steps that nothing forecasts
             from horizon.forecast.advise import advise  # here: only a refusal needs it
 
             model = dataclasses.replace(
@@ -123,22 +145,47 @@ class Trainer:
             trust_remote_code=trust,
         )
 
-    def _run(self, engine: Engine, data: TextData) -> RunSummary:
-        train, shuffle = self.config.train, self.config.data.shuffle
+    def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints) -> RunSummary:
+        train, start = self.config.train, self.start.run
         with self._advising(engine.vocab_size):
             micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
-        loader = Loader(data.train, train.batch_size, micro_batch, self.config.seed, shuffle=shuffle)
+        place = {"epoch": start.get("epoch", 0), "position": start.get("position", 0)}
+        loader = Loader(
+            data.train, train.batch_size, micro_batch, self.config.seed, shuffle=self.config.data.shuffle, **place
+        )
         held_out = validation_batches(data, train.eval_rows, micro_batch)
         print(engine.plan.table(), flush=True)
-        loss_before, sample_before = self._assess("before", engine, data, held_out)
-        split = self._train(engine, loader)
+        if start:
+            loss_before, sample_before = start["validation_loss_before"], start["sample_before"]
+        else:
+            loss_before, sample_before = self._assess("before", engine, data, held_out)
+        facts = data_facts(self.config, data.train)
+
+        def note() -> dict[str, Any]:
+            best = self.config.checkpoint.keep_best and held_out
+            return {
+                "step": self.step,
+                "tokens": self.tokens,
+                "epoch": loader.epoch,
+                "position": loader.position,
+                "data": facts,
+                "validation_loss": engine.evaluate(held_out) if best else None,
+                "validation_loss_before": loss_before,
+                "sample_before": sample_before,
+                "tokenizer": data.tokenizer,
+            }
+
+        checkpoints.begin(self.start, engine)
+        split = self._train(engine, loader, checkpoints, note) if self.step < train.steps else None
+        checkpoints.begin_last(self.step, note)
         loss_after, sample_after = self._assess("after", engine, data, held_out)
         model_dir = self.output_dir / "model" if train.save else None
         if model_dir is not None:
             engine.save_pretrained(model_dir, tokenizer=data.tokenizer)
+        checkpoints.finish(self.step, note)
         seconds = sum(row.seconds for row in self.rows)
         return RunSummary(
-            steps=len(self.rows),
+            steps=self.step,
             num_tokens=sum(row.num_tokens for row in self.rows),
             seconds=seconds,
             tokens_per_s=sum(row.num_tokens for row in self.rows) / seconds,
@@ -154,25 +201,39 @@ class Trainer:
             split=split,
             output_dir=str(self.output_dir),
             model_dir=None if model_dir is None else str(model_dir),
+            checkpoint=None if checkpoints.last is None else str(checkpoints.last),
+            resumed_from=None if self.start.folder is None else str(self.start.folder),
             trace_file=str(self.trace_path) if self.config.trace else None,
         )
 
-    def _train(self, engine: Engine, loader: Loader) -> StepSplit:
-        """All steps, a few of which are recorded: where their time went."""
-        num_steps = self.config.train.steps
+    def _train(
+        self, engine: Engine, loader: Loader, checkpoints: RunCheckpoints, note_run: Callable[[], dict[str, Any]]
+    ) -> StepSplit:
+        """All steps that are left, a few of which are recorded: where their time went."""
+        num_steps, done = self.config.train.steps, self.step
         notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
         if engine.plan.limits.cxl.simulated:
             notes.append(f"[{engine.plan.limits.cxl.name}]")
-        first, last = recorded_steps(num_steps)
+        first, last = (done + step for step in recorded_steps(num_steps - done))
         files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
-        with MetricsWriter(self.metrics_path) as metrics, StepDisplay(num_steps, note=" ".join(notes)) as display:
+        interrupts = Interrupts()
+        with (
+            MetricsWriter(self.metrics_path, append=True) as metrics,
+            StepDisplay(num_steps, note=" ".join(notes), done=done) as display,
+            interrupts if checkpoints.is_on else nullcontext(),
+        ):
+
+            def note_when_on_disk() -> dict[str, Any]:
+                metrics.sync()  # a checkpoint whose rows are lost would leave a gap
+                return note_run()
 
             def train_until(step: int) -> None:
-                while len(self.rows) < step:
+                while self.step < step:
                     row = self._step(engine, loader)
                     self.rows.append(row)
                     metrics.write(row)
                     display.show(row)
+                    checkpoints.after_step(row.step, self.tokens, interrupts, note_when_on_disk)
 
             try:
                 train_until(first - 1)
@@ -180,9 +241,7 @@ class Trainer:
                     train_until(last)
                 train_until(num_steps)
             except BaseException:  # Ctrl-C included
-                print(
-                    f"\nstopped after step {len(self.rows)} of {num_steps}; metrics in {self.metrics_path}", flush=True
-                )
+                print(f"\nstopped after step {self.step} of {num_steps}; metrics in {self.metrics_path}", flush=True)
                 raise
         assert recording.split is not None
         return recording.split
@@ -190,7 +249,7 @@ class Trainer:
     def _step(self, engine: Engine, loader: Loader) -> StepRow:
         optim, started = self.config.optim, time.perf_counter()
         assert optim.lr is not None
-        step, epoch = len(self.rows) + 1, loader.epoch
+        step, epoch = self.step + 1, loader.epoch
         batches = loader.next_step()
         engine.lr = learning_rate(
             step, optim.lr, optim.schedule, optim.warmup_steps, self.config.train.steps, optim.min_lr_ratio
@@ -240,10 +299,13 @@ class Trainer:
             print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
         if summary.simulated:
             print("the cxl tier was simulated: none of these times is that of a real one")
-        print(describe_split(summary.split))
+        if summary.split is not None:
+            print(describe_split(summary.split))
         if self.config.optim.name == "mezo":
             print(f"replay   {self.replay_path} (horizon replay base=FOLDER log={self.replay_path} out=FOLDER)")
         print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
+        if summary.checkpoint is not None:
+            print(f"saved    {summary.checkpoint}")
         if summary.trace_file is not None:
             print(f"trace    {summary.trace_file} (open it at https://ui.perfetto.dev) and trace.png beside it")
         if summary.model_dir is not None:
@@ -269,6 +331,7 @@ def check_settings(config: HorizonConfig) -> None:
     make_optimizer(with_lr(config, None))
     if config.trace:
         require_matplotlib()
+    check_checkpoint_settings(config)
     if config.model.path is None and not config.model.config:
         raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
 
@@ -290,8 +353,16 @@ def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
 
 
-def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine that the settings describe; a model made from `model.config` gets the tokenizer's vocabulary."""
+def build_engine(
+    config: HorizonConfig,
+    source: ModelSource | None,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None = None,
+) -> Engine:
+    """The engine that the settings describe, with the states of `checkpoint` if there is one.
+
+    A model made from `model.config` gets the tokenizer's vocabulary.
+    """
     from horizon.engine import Engine
 
     model, optim = config.model, config.optim
@@ -309,52 +380,12 @@ def build_engine(config: HorizonConfig, source: ModelSource | None, tokenizer: P
         "trust_remote_code": model.trust_remote_code,
         "self_check": model.self_check,
     }
-    if source is not None:
-        return Engine.from_pretrained(str(source.folder), **settings)
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    return Engine.from_config({"vocab_size": len(tokenizer), **special, **model.config}, **settings)
-
-
-def validation_batches(data: TextData, num_rows: int, micro_batch: int) -> list[dict[str, torch.Tensor]]:
-    """The first `num_rows` held-out rows in micro-batches; empty when there are none."""
-    if data.validation is None:
-        return []
-    rows = np.arange(min(num_rows, len(data.validation)))
-    return [data.validation.batch(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
-
-
-def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int]:
-    """Token ids of `text`, or of the beginning of a held-out row (of a trained one when none was held out)."""
-    if text is not None:
-        ids: list[int] = data.tokenizer.encode(text)
-        if not ids:
-            raise ConfigError(f"train.sample_prompt={text!r} holds no token")
-        return ids
-    rows = data.train if data.validation is None else data.validation
-    return [int(token) for token in rows.input_ids[0, : min(PROMPT_TOKENS, int(rows.num_tokens[0]))]]
-
-
-def generate(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
-    num_tokens: int,
-    max_context: int,
-    seed: int,
-) -> str:
-    """Text of `num_tokens` tokens after `prompt`, or fewer if it ends before, each drawn from the likeliest few.
-
-    The likeliest token alone would repeat itself for ever after a short training.
-    """
-    ids, dice = list(prompt), torch.Generator().manual_seed(seed)
-    for _ in range(num_tokens):
-        logits = engine.next_token_logits({"input_ids": torch.tensor([ids[-max_context:]])})[0]
-        likeliest = logits.topk(min(SAMPLE_FROM, len(logits)))
-        drawn = torch.multinomial(likeliest.values.softmax(-1), 1, generator=dice)
-        ids.append(int(likeliest.indices[drawn]))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return str(tokenizer.decode(ids[len(prompt) :]))
+    made = {"vocab_size": len(tokenizer), **special, **model.config}
+    what = made if source is None else str(source.folder)
+    if checkpoint is None:
+        return Engine.from_pretrained(what, **settings)
+    return Engine.load_checkpoint(checkpoint, model=what, weights_only=config.resume_weights_only, **settings)
 
 
 def write_config(config: HorizonConfig, path: Path) -> None:

@@ -26,7 +26,7 @@ from step import facts
 from horizon.config.schema import Moments
 from horizon.layout import ParamSpec, place_block
 from horizon.optim.adamw import AdamW
-from horizon.optim.states import UpdateStates, traffic
+from horizon.optim.states import UpdateStates, traffic, update_order
 from horizon.optim.updater import CHUNK_ELEMENTS, Updater
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
@@ -112,7 +112,7 @@ def update(moments: Moments, num_parameters: int, threads: list[int], repeats: i
     def states(block: int) -> UpdateStates:
         return UpdateStates.of_tensors(**store.states(block), grads=grads.claim(block))
 
-    moved, step = sum(traffic(states(layout.index).arrays()) for layout in layouts), 0
+    moved, step = sum(traffic(states(layout.index).arrays(), update_order(moments)) for layout in layouts), 0
     for num_threads in threads:
         updater = Updater(layouts, states, store.ledger, AdamW(moments=moments), num_threads, lambda _: None)
 

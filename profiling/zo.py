@@ -286,8 +286,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="write the timeline of steady steps here (for Perfetto)")
     args = parser.parse_args()
     attention.WHOLE_ROWS = ATTENTION[args.attention]
-    shape, shared = SHAPES[args.shape], facts()
-    for found in rows(shape, args):
+    for found in rows(SHAPES[args.shape], args):
+        shared = facts()  # once the engine is built: asking for the device takes it into use
         row = {"shape": args.shape, **found, **shared}
         print(json.dumps({k: row[k] for k in row if k not in shared}), flush=True)
         if args.out:

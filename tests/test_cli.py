@@ -64,8 +64,8 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    expected = "expected train, plan, doctor, check, replay, bench, report (horizon --help)"
-    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; {expected}\n"
+    expected = "train, plan, doctor, check, replay, export, import, checkpoint, bench, report (horizon --help)"
+    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {expected}\n"
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -165,7 +165,10 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("horizon ", ["train", "plan", "doctor", "check", "replay", "bench", "report"]),
+        (
+            "horizon ",
+            ["train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report"],
+        ),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
@@ -242,6 +245,7 @@ def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(h
         (["optim.lrr=1"], "ConfigError: optim.lrr is no setting; did you mean optim.lr?"),
         (["machine=nowhere.yaml"], "ConfigError: machine=nowhere.yaml: no such file;"),
         (["--jsn"], "ConfigError: horizon plan has no flag --jsn; expected --json"),
+        (["optim=mezo"], "ConfigError: optim=mezo: only steps of AdamW are planned ahead"),
         (["train.batch_size=0"], "ConfigError: train.batch_size=0 must be at least 1"),
         (["machine=h200", "device=cuda:3"], "ConfigError: device='cuda:3', but the machine"),
         (["model.path=nowhere"], "CheckpointError: no such folder"),
@@ -278,3 +282,9 @@ def test_replay_of_what_is_not_there_is_one_line(horizon):
     done = horizon("replay", "base=nowhere", "log=none", "out=c")
     assert done.returncode == 1
     assert done.stderr.startswith("horizon: CheckpointError: no such folder")
+
+
+def test_plan_refuses_an_optimizer_that_it_knows_nothing_of(horizon):
+    done = horizon("plan", "optim=mezo", *SHAPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith("horizon: ConfigError: horizon plan foretells steps of adamw only; with optim=mezo")

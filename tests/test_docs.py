@@ -9,10 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from horizon.checkpoint.manifest import Manifest
 from horizon.config.compose import compose
 from horizon.config.schema import HorizonConfig
 from horizon.data.tokenizer import byte_tokenizer
-from horizon.records import StepRow, StepSplit
+from horizon.records import CheckpointRow, StepRow, StepSplit
+from tests.checkpoint.engines import build, train
 from tests.parity.reference import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,9 @@ def settings_of(node, prefix=""):
 
 def test_every_setting_is_listed_with_its_default():
     listed = {}
-    for section in ("### model", "### data", "### optim", "### zo", "### train", "### memory", "### top level"):
+    for section in (
+        "### model", "### data", "### optim", "### zo", "### train", "### memory", "### checkpoint", "### top level",
+    ):  # fmt: skip
         listed |= {key: default.strip("`") for key, default in table(CONFIGURATION, section).items()}
     assert listed == dict(settings_of(HorizonConfig())) | {"model.config": "tiny_llama's"}
 
@@ -63,6 +67,55 @@ def test_every_field_of_the_split_is_listed():
     fields = table((ROOT / "docs/tracing.md").read_text(), "## The split of a step")
     listed = [name for cell in fields for name in re.findall(r"\w+", cell)]
     assert listed == [field.name for field in dataclasses.fields(StepSplit)]
+
+
+def test_every_field_of_a_checkpoints_row_is_listed():
+    assert list(table(CONFIGURATION, "Fields of `checkpoints.jsonl`")) == [
+        f.name for f in dataclasses.fields(CheckpointRow)
+    ]
+
+
+FORMAT = (ROOT / "docs/checkpoint-format.md").read_text()
+
+
+def test_every_key_of_the_manifest_is_listed():
+    listed = [key for cell in table(FORMAT, "The checksum is the SHA-256") for key in re.findall(r"\w+", cell)]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Manifest))
+
+
+def test_a_checkpoint_is_read_without_horizon_as_the_format_says(tmp_path, monkeypatch, capsys):
+    with build() as engine:
+        train(engine, 1, 3)
+        engine.save_checkpoint(tmp_path / "checkpoint").wait()
+        masters = dict(engine.named_master_parameters())
+    monkeypatch.chdir(tmp_path)
+    (script,) = fenced("python", FORMAT)
+    assert "horizon" not in "".join(line for line in script.splitlines() if "import" in line)
+    names = {}
+    exec(compile(script, "checkpoint-format.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("LlamaForCausalLM after 3 steps\n")
+    for name, value in masters.items():
+        assert torch.equal(torch.from_numpy(names["read"](name)).view(torch.int32), value.view(torch.int32))
+
+
+def test_a_chunk_is_laid_out_as_the_format_says(tmp_path):
+    with build() as engine:
+        train(engine, 1, 2)
+        engine.save_checkpoint(tmp_path / "checkpoint").wait()
+        value = dict(engine.named_master_parameters())["lm_head.weight"]
+    content = (tmp_path / "checkpoint/arrays/lm_head.weight/master/c.0.0").read_bytes()
+    assert content[:-4] == value.numpy().astype("<f4").tobytes()
+    assert int.from_bytes(content[-4:], "little") == crc32c(content[:-4])
+
+
+def crc32c(content):
+    """The definition: reflected polynomial 0x82F63B78, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
 
 
 def commands():

@@ -54,6 +54,17 @@ def test_custom_loss_brings_the_student_nearer():
     assert 0 < after < 0.97 * before
 
 
+def test_resume_goes_on_with_the_losses_of_a_run_that_never_stopped(tmp_path, capsys):
+    example = load("resume")
+    whole = example.main(tmp_path / "whole", steps=25, device="cpu")
+    first = example.main(tmp_path / "stopped", steps=13, device="cpu")
+    second = example.main(tmp_path / "stopped", steps=25, device="cpu")
+    assert "going on from step 10" in capsys.readouterr().out
+    assert list(second) == list(range(11, 26))
+    assert {**first, **second} == whole
+    assert whole[25] < whole[1] - 1
+
+
 def test_zeroth_order_answers_better_and_replays(capsys):
     before, after = load("zeroth_order").main(steps=40, device="cpu")
     assert after < before - 0.1

@@ -95,7 +95,7 @@ def test_it_learns_and_the_saved_model_has_the_loss_that_was_reported(trained):
 def test_where_a_steps_time_went_is_told_at_the_end(trained):
     out, config, summary = trained
     split = summary.split
-    parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.data_ms, split.launch_ms
+    parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.disk_ms, split.data_ms, split.launch_ms
     assert sum(parts) == pytest.approx(split.step_ms) and split.arithmetic_ms > 0
     assert json.loads((out / "summary.json").read_text())["split"]["update_bytes"] == split.update_bytes > 0
     weights = next(t for t in split.traffic if (t.direction, t.what) == ("H2D", "weights"))

@@ -51,6 +51,11 @@ def run(arguments: list[str]) -> int:
     from horizon.trainer import check_settings
 
     check_settings(config)
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"horizon plan foretells steps of adamw only; with optim={config.optim.name} horizon train prints its "
+            "plan, and refuses what does not fit, before anything is allocated"
+        )
     facts = this_machine() if machine is None else read_facts(machine, f"machine={machines[-1]}")
     target = target_of(facts, config.device, here=machine is None)
     model = open_skeleton(config)

@@ -44,9 +44,11 @@ class Recompute(StrEnum):
 
 
 class Policy(StrEnum):
-    auto = "auto"  # on a GPU what makes the step fastest, as far as it is announced; on CPU as dram
-    dram = "dram"  # the states of all blocks on the host
+    auto = "auto"  # on a GPU what makes the step fastest, as far as it is announced; nvme for what dram does not hold
+    dram = "dram"  # the states of all blocks in host memory
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
+    nvme_optimizer = "nvme_optimizer"  # moments and residual on nvme, weights in dram
+    nvme_all = "nvme_all"  # all states on nvme
     cxl_aware = "cxl_aware"  # what the update touches most stays in dram, what finds no room there goes to cxl
     interleave = "interleave"  # every state over all dram and cxl nodes, page by page: the naive baseline
 
@@ -55,12 +57,24 @@ class Tier(StrEnum):
     hbm = "hbm"  # device memory: all states of a block or none
     dram = "dram"  # host memory
     cxl = "cxl"  # host memory on other NUMA nodes
+    nvme = "nvme"  # a file in memory.nvme_dir
+
+
+class NvmeEngine(StrEnum):
+    auto = "auto"  # direct where the folder's file system allows it, else tensorstore where it is installed
+    direct = "direct"  # one file past the page cache; through it, with a warning, where O_DIRECT is refused
+    tensorstore = "tensorstore"  # zarr3 arrays, written by the tensorstore package
 
 
 class Clip(StrEnum):
     exact = "exact"  # every update waits for the step's gradient norm
     speculative = "speculative"  # updates begin inside the backward; where the norm says otherwise, they are taken back
     lagged = "lagged"  # updates inside the backward, scaled by the norm of the step before: not exact
+
+
+class MasterFormat(StrEnum):
+    split = "split"  # type: ignore[assignment]  # fp32 in two halves of 2 bytes; the upper one is what streams to the device
+    bf16_stochastic = "bf16_stochastic"  # 2 bytes: the fp32 update is rounded stochastically to bf16
 
 
 class Moments(StrEnum):
@@ -111,6 +125,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01  # not applied to norms and biases
+    master: MasterFormat = MasterFormat.split  # how the values of the parameters are kept between steps
     moments: Moments = Moments.float32  # how the two moments of each parameter are kept
     max_grad_norm: float | None = 1.0  # null: no clipping
     clip: Clip = Clip.exact  # when the update begins: exact | speculative | lagged
@@ -145,6 +160,15 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TierRule:
+    """Which tier holds some states of some blocks."""
+
+    state: str = "*"  # name pattern: weights, residual, exp_avg*, ...
+    blocks: str = "*"  # numbers, ranges (1-12) and name patterns (layers.*), separated by commas
+    tier: Tier = Tier.dram
+
+
+@dataclass(kw_only=True, slots=True)
 class SimulatedCxl:
     """A stand-in for the cxl tier in ordinary memory, slowed down; every output calls it simulated."""
 
@@ -160,12 +184,24 @@ class MemoryConfig:
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
+    rules: list[TierRule] = field(default_factory=list)  # the first that fits comes before the policy
+    nvme_dir: str | None = None  # folder on a local disk for states on nvme; auto uses it only where dram is too small
+    nvme_budget: str = "auto"  # bytes of the file there; auto: what the file system has free, less 1 GiB
+    nvme_engine: NvmeEngine = NvmeEngine.auto  # what moves states between disk and memory
     cxl_nodes: Any = "auto"  # NUMA nodes of the cxl tier, such as [2,3]; auto: those that have memory and no CPUs
     cxl_budget: str = "auto"  # bytes on the cxl tier; auto: what is free on its nodes
     cxl_simulated: SimulatedCxl = field(default_factory=SimulatedCxl)
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    save_every: str | None = None  # steps (`100`), a time (`10min`) or tokens (`1e9tokens`); null: no checkpoints
+    keep: int | None = 2  # the last so many, another is on disk while it is written; null: all
+    keep_best: bool = False  # evaluate at every save, and keep the one with the lowest validation loss too
+    staging: str = "auto"  # host memory in which states wait for the disk, such as 8GiB; auto: half of what is left
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,6 +212,9 @@ class HorizonConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     zo: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str | None = None  # go on from the folder of a checkpoint or run; auto: from the last of this run's folder
+    resume_weights_only: bool = False  # take its weights and begin at step 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto

@@ -10,6 +10,7 @@ Nothing is predicted across documents: the first token of each has no label, and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,15 @@ class Rows:
         """Tokens with a label in each row. int64 [rows]"""
         counts: NDArray[np.int64] = np.sum(self.labels != IGNORED, axis=1, dtype=np.int64)
         return counts
+
+    def fingerprint(self) -> str:
+        """A hash of all rows, in hexadecimal digits: the same for the same tokens, labels and positions only."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.input_ids, self.labels, self.position_ids, self.num_tokens):
+            if array is not None:
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def select(self, chosen: NDArray[np.bool_]) -> Rows:
         """Only the rows where `chosen` (bool [rows]) is true."""

@@ -9,6 +9,7 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.plan.policies import POLICY_RULES
 from horizon.units import format_size
 
 Change = Mapping[str, Any]  # setting -> value
@@ -69,7 +70,9 @@ def smaller_levers(config: HorizonConfig, on_gpu: bool, budgets: Mapping[str, st
         budgets: by setting a larger budget that the machine has room for.
     """
     memory, optim, train = config.memory, config.optim, config.train
-    policies = tuple(p for p in (Policy.auto, Policy.hbm_first, Policy.dram) if on_gpu and p is not memory.policy)
+    on_device = (Policy.auto, Policy.hbm_first, Policy.dram) if on_gpu else ()
+    on_disk = (Policy.auto, *POLICY_RULES) if memory.nvme_dir is not None else ()
+    policies = tuple(p for p in dict.fromkeys((*on_device, *on_disk)) if p is not memory.policy)
     levers = [
         Lever("memory.policy", policies, 1),
         Lever("memory.hbm_blocks", (None,) if memory.hbm_blocks is not None else (), 1),
@@ -126,7 +129,7 @@ def alternatives(config: HorizonConfig, micro_batch: int, budget: int | None, mo
         found.append({"optim.max_grad_norm": None, **({} if optim.clip is Clip.exact else {"optim.clip": Clip.exact})})
         found += [{"optim.clip": clip} for clip in Clip if clip is not optim.clip]
     if budget is not None:
-        found += [{"memory.policy": policy} for policy in Policy if policy is not memory.policy]
+        found += [{"memory.policy": policy} for policy in Policy if policy not in (memory.policy, *POLICY_RULES)]
         sizes = [size for size in (budget // 2, 2 * budget) if size < most]
         found += [{"memory.device_budget": format_size(size)} for size in sizes]
         if memory.device_budget != "auto":

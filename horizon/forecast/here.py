@@ -23,7 +23,7 @@ from horizon import __version__
 from horizon.config.compose import dump_machine, load_machine
 from horizon.config.machine import DeviceFile, HostFile, MachineFile
 from horizon.config.schema import Moments
-from horizon.errors import ConfigError
+from horizon.errors import BudgetError, ConfigError
 from horizon.optim.adamw import AdamW
 from horizon.optim.rate import PARAMETERS, measure_update_rate
 from horizon.optim.threads import available_cores, default_num_threads
@@ -112,6 +112,9 @@ def measure(seconds: float, updates: bool) -> MachineFile:
     Args:
         seconds: that products run for.
         updates: the optimizer's update, too, in each format of the moments; compiles it, which takes a while.
+
+    Raises:
+        BudgetError: the device has no room for it.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     cpu = torch.device("cpu")
@@ -122,11 +125,15 @@ def measure(seconds: float, updates: bool) -> MachineFile:
         matmul_tflops=_rounded(_flops_per_s(cpu, torch.float32, 1024, min(seconds, 1.0)) / 1e12),
     )
     rates = _update_rates(device or cpu) if updates else {}
+    try:
+        found = None if device is None else _measure_device(device, seconds)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError("the device has no room to be measured; stop what uses it, or use machine=FILE") from error
     name = _cpu_name() if device is None else torch.cuda.get_device_name(device)
     return MachineFile(
         name=f"{name}, {host.cores} cores, {host.memory}",
         host=host,
-        device=None if device is None else _measure_device(device, seconds),
+        device=found,
         updates_g_s={str(moments): _rounded(rate / 1e9) for moments, rate in rates.items()},
     )
 

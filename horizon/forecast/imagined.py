@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.checkpoint.format import list_arrays
+from horizon.checkpoint.saves import saving_bytes, staging_bytes
+from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, OnNonFinite, Policy, Recompute
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
@@ -26,8 +28,9 @@ from horizon.plan.estimate import Estimator
 from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
+from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.planner import StepPlanner
-from horizon.runtime import HEAD_CHUNK_BYTES, check_memory
+from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.stream.activations import Activations
 from horizon.stream.head import chunk_tokens
 from horizon.stream.prediction import Predictor
@@ -48,9 +51,8 @@ class Forecast:
     micro_batch: int
 
     @property
-    def prediction(self) -> StepPrediction:
-        """Of a step in steady state."""
-        assert self.plan.prediction is not None
+    def prediction(self) -> StepPrediction | None:
+        """Of a step in steady state; None where states are on nvme, whose time is not predicted."""
         return self.plan.prediction
 
     def layers_that(self, recompute: Recompute) -> int:
@@ -111,8 +113,13 @@ class Forecaster:
         Raises:
             ConfigError: settings that contradict each other.
         """
-        optim, clipping = config.optim, Clipping(config.optim.max_grad_norm, config.optim.clip)
-        adamw = AdamW(betas=(optim.beta1, optim.beta2), eps=optim.eps, moments=optim.moments)
+        optim = config.optim
+        if optim.name != "adamw":
+            raise ConfigError(
+                f"optim={optim.name}: only steps of AdamW are planned ahead; leave it out of horizon plan"
+            )
+        clipping = Clipping(optim.max_grad_norm, optim.clip)
+        adamw = AdamW(betas=(optim.beta1, optim.beta2), eps=optim.eps, moments=optim.moments, master=optim.master)
         clipping.check(adamw, config.train.on_nonfinite)
         check_memory(config.memory)
         dtype = self.target.dtype(config.compute_dtype)
@@ -125,6 +132,7 @@ class Forecaster:
             self.target.host_overhead,
             self.target.device_overhead + self._buffer_bytes,
             moments=Moments(optim.moments),
+            master=MasterFormat(optim.master),
             cxl=self.target.cxl(config.memory),
         )
 
@@ -137,8 +145,13 @@ class Forecaster:
         """
         needs, memory = self.needs(config), config.memory
         limits = limits or self.target.limits(memory)
-        placer = read_policy(memory, self.target.device, self.target.can_update, len(needs.layouts), needs.moments)
+        device, can_update = self.target.device, self.target.can_update
+        placer = read_policy(memory, device, can_update, len(needs.layouts), needs.moments, needs.master)
         needs = placer.place(needs, limits, unknown_activations(limits))
+        check_speculation(needs, config.optim.clip)
+        if config.checkpoint.save_every is not None:
+            check_saving(needs)
+            needs = self._saving(needs, limits, config.checkpoint.staging)
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
         activations, predictor = self._estimates(config, needs)
         planner, train = StepPlanner(parts, placer, activations, predictor), config.train
@@ -147,6 +160,12 @@ class Forecaster:
         idle = planner.idle_bytes(parts.needs, needs.keeps_gradients)
         planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
         return Forecast(config, parts.plan, parts.needs, planned, rows)
+
+    def _saving(self, needs: MemoryNeeds, limits: Limits, staging: str) -> MemoryNeeds:
+        """The same, with the memory that checkpoints are written from, as `Runtime.plan_saves` has it."""
+        arrays = list_arrays(needs.layouts, needs.moments)
+        size = staging_bytes(arrays, staging, limits.host - plan_memory(needs, limits).num_bytes("host"))
+        return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu))
 
     def _estimates(self, config: HorizonConfig, needs: MemoryNeeds) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)
@@ -173,7 +192,7 @@ class Forecaster:
             return (
                 described.read_bytes_per_s + described.write_bytes_per_s
             ) / 2  # an update reads as much as it writes
-        return rates.updates_per_s * update_bytes(needs.moments, needs.grad_dtype) / CXL_SLOWER
+        return rates.updates_per_s * update_bytes(needs.states, needs.grad_dtype) / CXL_SLOWER
 
     def may_fit(self, config: HorizonConfig) -> bool:
         """Whether the fixed memory might fit, as nothing is placed in HBM but what the host has no room for."""
@@ -184,6 +203,8 @@ class Forecaster:
         fixed = fixed_lines(needs)
         total = sum(line.num_bytes for line in fixed)
         host = sum(line.num_bytes for line in fixed if line.tier == "host")
+        if config.memory.nvme_dir is not None and host <= limits.host + limits.nvme:
+            return True
         elsewhere = limits.cxl.num_bytes if limits.cxl.num_bytes else limits.device
         return host <= limits.host or (config.memory.policy is not Policy.dram and total <= limits.host + elsewhere)
 

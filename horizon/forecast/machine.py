@@ -10,7 +10,7 @@ from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy
 from horizon.errors import ConfigError
 from horizon.models.kernels import choose_kernels
 from horizon.optim.device import can_update
-from horizon.plan.cxl import POLICIES, CxlTier, read_cxl
+from horizon.plan.cxl import CxlTier, read_cxl, wants_cxl
 from horizon.plan.estimate import typical_process
 from horizon.plan.facts import MachineFacts
 from horizon.plan.machine import (
@@ -19,6 +19,7 @@ from horizon.plan.machine import (
     TYPICAL_CONTEXT,
     free_device_bytes,
     memory_limits,
+    nvme_bytes,
     resolve_device,
     resolve_dtype,
 )
@@ -61,7 +62,7 @@ class Target:
         """
         if self.here:
             return read_cxl(memory, read_topology())
-        if memory.policy not in POLICIES or memory.cxl_simulated.size is not None:
+        if not wants_cxl(memory) or memory.cxl_simulated.size is not None:
             return read_cxl(memory, Topology(()))
         if "cxl" not in self.facts.tiers or memory.cxl_nodes != "auto":
             raise ConfigError(
@@ -71,7 +72,8 @@ class Target:
         size = self.facts.tiers["cxl"].num_bytes
         if memory.cxl_budget != "auto":
             size = parse_bytes(memory.cxl_budget, "memory.cxl_budget")
-        return CxlTier(size, interleaved=memory.policy is Policy.interleave)
+        policy = memory.policy
+        return CxlTier(size, interleaved=policy is Policy.interleave, boundaries=policy is Policy.cxl_aware)
 
     def limits(self, memory: MemoryConfig) -> Limits:
         """Budgets in bytes, `auto` filled in."""
@@ -83,7 +85,15 @@ class Target:
             host = memory_limits(memory, torch.device("cpu"), cxl).host
         elif memory.host_budget != "auto":
             host = parse_bytes(memory.host_budget, "memory.host_budget")
-        return Limits(host, self._device_limit(memory, host), cxl=cxl)
+        return Limits(host, self._device_limit(memory, host), nvme=self._nvme_limit(memory), cxl=cxl)
+
+    def _nvme_limit(self, memory: MemoryConfig) -> int:
+        if self.here:
+            return nvme_bytes(memory)
+        if memory.nvme_dir is not None and memory.nvme_budget != "auto":
+            return parse_bytes(memory.nvme_budget, "memory.nvme_budget")
+        disk = self.facts.tiers.get("nvme")
+        return 0 if memory.nvme_dir is None or disk is None else disk.num_bytes
 
     def _device_limit(self, memory: MemoryConfig, host: int) -> int:
         if memory.device_budget != "auto":

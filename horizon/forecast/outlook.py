@@ -5,7 +5,7 @@ nearest that do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute, SimulatedCxl
 from horizon.errors import BudgetError
@@ -106,10 +106,8 @@ def least_bytes(forecaster: Forecaster, config: HorizonConfig) -> tuple[int, int
             forecaster.forecast(config, limits)
             return limits.host, limits.device
         except BudgetError as refusal:  # for one tier at a time
-            if refusal.tier == "host":
-                limits = Limits(refusal.needed, limits.device)
-            else:
-                limits = Limits(limits.host, refusal.needed)
+            assert refusal.tier is not None
+            limits = replace(limits, **{refusal.tier: refusal.needed})  # type: ignore[arg-type]
 
 
 def advice(outlook: Outlook) -> str:
@@ -130,7 +128,8 @@ def worthwhile(outlook: Outlook, gain: float = 0.01) -> Iterable[Alternative]:
         other = alternative.forecast
         if other is None:
             continue
-        speed = other.prediction.tokens_per_s / base.prediction.tokens_per_s
+        timed = other.prediction is not None and base.prediction is not None
+        speed = other.prediction.tokens_per_s / base.prediction.tokens_per_s if timed else 1.0  # type: ignore[union-attr]
         sizes: Sequence[float] = [
             other.plan.num_bytes(tier) / max(base.plan.num_bytes(tier), 1) for tier in ("host", "device")
         ]

@@ -13,7 +13,7 @@ from horizon.forecast.machine import Target
 from horizon.forecast.outlook import Alternative, Outlook, advice, worthwhile
 from horizon.models.blocks import BlockModel
 from horizon.plan.facts import MachineFacts
-from horizon.plan.prediction import format_seconds
+from horizon.plan.prediction import StepPrediction, format_seconds
 from horizon.units import format_bytes
 
 TIERS = "host", "device"
@@ -69,21 +69,27 @@ def _plan(forecast: Forecast) -> dict[str, Any]:
         "cxl_simulated": plan.limits.cxl.simulated,
         "device_bytes": plan.num_bytes("device"),
         "device_limit_bytes": plan.limits.device,
+        "nvme_bytes": plan.num_bytes("nvme"),
+        "nvme_limit_bytes": plan.limits.nvme,
         "micro_batch": forecast.micro_batch,
         "micro_batches": -(-train.batch_size // forecast.micro_batch),
         "blocks_in_hbm": sorted(forecast.needs.in_hbm),
         "recompute": {str(kind): forecast.layers_that(kind) for kind in KINDS},
         "offloaded_boundaries": len(forecast.activations.offloaded),
-        "step": {
-            "seconds": prediction.seconds,
-            "tokens": prediction.num_tokens,
-            "tokens_per_s": prediction.tokens_per_s,
-            "bound": prediction.bound,
-            "arithmetic_s": prediction.arithmetic_s,
-            "link_s": prediction.link_s,
-            "optimizer_s": prediction.optimizer_s,
-            "launch_s": prediction.launch_s,
-        },
+        "step": None if prediction is None else _step(prediction),
+    }
+
+
+def _step(prediction: StepPrediction) -> dict[str, Any]:
+    return {
+        "seconds": prediction.seconds,
+        "tokens": prediction.num_tokens,
+        "tokens_per_s": prediction.tokens_per_s,
+        "bound": prediction.bound,
+        "arithmetic_s": prediction.arithmetic_s,
+        "link_s": prediction.link_s,
+        "optimizer_s": prediction.optimizer_s,
+        "launch_s": prediction.launch_s,
     }
 
 
@@ -110,7 +116,8 @@ def _alternative(other: Alternative) -> dict[str, Any]:
         found[name] = None
     if forecast is not None:
         prediction, plan = forecast.prediction, forecast.plan
-        found |= {"seconds": prediction.seconds, "tokens_per_s": prediction.tokens_per_s}
+        if prediction is not None:
+            found |= {"seconds": prediction.seconds, "tokens_per_s": prediction.tokens_per_s}
         found |= {f"{tier}_bytes": plan.num_bytes(tier) for tier in TIERS} | {"micro_batch": forecast.micro_batch}
     return found
 
@@ -154,11 +161,12 @@ def _table(alternatives: list[Alternative] | tuple[Alternative, ...]) -> list[st
     for other in alternatives:
         forecast = other.forecast
         assert forecast is not None
+        step = forecast.prediction
         rows.append(
             (
                 describe(other.change) or "as asked",
-                format_seconds(forecast.prediction.seconds),
-                f"{forecast.prediction.tokens_per_s:,.0f}",
+                "not predicted" if step is None else format_seconds(step.seconds),
+                "" if step is None else f"{step.tokens_per_s:,.0f}",
                 *(format_bytes(forecast.plan.num_bytes(tier)) for tier in TIERS),
                 f"{forecast.micro_batch} rows",
             )

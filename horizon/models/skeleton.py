@@ -40,6 +40,17 @@ class ModelSource:
     has_weights: bool  # False: only a config.json, the weights are to be drawn at random
 
 
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A model (whatever `open_model` takes) whose weights will come from elsewhere: they are neither read nor drawn."""
+
+    source: Any
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """None that are there already."""
+        return iter(())
+
+
 def resolve_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """The folder that `path` means: an existing folder, or a hub id `org/name`, which is downloaded (and cached).
 
@@ -88,7 +99,7 @@ def _download(hub_id: str, revision: str | None, trust_remote_code: bool) -> Pat
 
 def open_model(
     model: Any, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Path | PreTrainedModel | None]:
+) -> tuple[PreTrainedModel, Path | PreTrainedModel | Unloaded | None]:
     """The skeleton of whatever names a model (a folder, a hub id, a mapping, a live model), and where its weights are.
 
     Returns:
@@ -97,6 +108,8 @@ def open_model(
     Raises:
         HorizonError: as `resolve_model`, `build_skeleton` and `skeleton_from_instance`.
     """
+    if isinstance(model, Unloaded):
+        return open_model(model.source, revision, trust_remote_code)[0], model
     if isinstance(model, str | Path):
         source = resolve_model(str(model), revision, trust_remote_code)
         return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None

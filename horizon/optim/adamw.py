@@ -39,6 +39,10 @@ near zero, with steps of 3 to 6 % of m and 1.6 to 3.1 % of sqrt(v) at the top, a
 largest at the bottom. Random bits below the cut make the expected value of what is written the exact one (of sqrt(v)
 for int8): an average that moves by less than a step in each step would otherwise stand still. No v > 0 is read as zero.
 
+A bf16_stochastic master is `weights` alone, the upper half of p's pattern, and there is no `residual`: p is read as
+weights << 16, and written as (u(p) + (s & 0xFFFF)) >> 16 with the element's other random bits s, the r of element
+i + 2^31, which no block has. The expected value of what is written is p.
+
     r of element i of a block:    x = K + i * 0x9E3779B9    K from seed, step and block: see `noise`
                                   x = (x ^ x >> 16) * 0x21F0AAAD;  x = (x ^ x >> 15) * 0x735A2D97;  r = x ^ x >> 15
 
@@ -57,7 +61,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.config.values import choice
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.store.split import join_master, split_master
@@ -65,7 +69,8 @@ from horizon.store.split import join_master, split_master
 TORCH_PIECE = 1 << 15  # elements: temporaries of 128 KiB, and torch's own threads stay out of tensors this small
 
 Array: TypeAlias = NDArray[Any]
-UpdateArrays: TypeAlias = tuple[Array, ...]  # weights, residual, exp_avg, exp_avg_sq, grads, and the scales of int8
+# weights, residual (but for bf16_stochastic), exp_avg, exp_avg_sq, grads, and the scales of int8
+UpdateArrays: TypeAlias = tuple[Array, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,8 @@ class AdamW:
     """Settings of AdamW, with the meanings and defaults of `torch.optim.AdamW` but for lr.
 
     `moments` is the format that exp_avg and exp_avg_sq are kept in: "float32" (8 bytes a parameter), "bfloat16" (4)
-    or "int8" (2.1). The update computes in fp32 whatever they are kept in.
+    or "int8" (2.1). `master` is that of the parameters' own values: "split" (fp32 in 4 bytes) or "bf16_stochastic" (2).
+    The update computes in fp32 whatever they are kept in.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -84,6 +90,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
     moments: str = Moments.float32  # one of `horizon.config.schema.Moments`
+    master: str = MasterFormat.split  # one of `horizon.config.schema.MasterFormat`
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < math.inf:
@@ -100,6 +107,7 @@ class AdamW:
                 f"AdamW weight_decay must be finite and >= 0, got {self.weight_decay}; set optim.weight_decay"
             )
         choice(Moments, self.moments, "optim.moments")
+        choice(MasterFormat, self.master, "optim.master")
 
 
 class StepScalars(NamedTuple):
@@ -115,7 +123,7 @@ class StepScalars(NamedTuple):
     grad_scale: np.float32  # 1 when the gradient is not clipped
 
 
-# The arrays, then the scalars, then (unless the moments are float32) the noise of the arrays' first element.
+# The arrays, then the scalars, then (unless nothing is rounded by it) the noise of the arrays' first element.
 Update: TypeAlias = Callable[..., None]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from horizon.layout import BlockLayout
+from horizon.plan.disk import PAGE_ELEMENTS
 
 
 class Chunk(NamedTuple):
@@ -19,7 +20,8 @@ class Chunk(NamedTuple):
 def cut_chunks(layout: BlockLayout, chunk_elements: int) -> Iterator[Chunk]:
     """The chunks of a block's trainable parameters, in order: no padding, no mix of decayed and undecayed.
 
-    A chunk starts at a multiple of PARAM_ALIGN and has at most `chunk_elements` (a multiple of it) elements.
+    A chunk starts at a multiple of PARAM_ALIGN and has at most `chunk_elements` (a multiple of it) elements, all on one
+    page, wherever the states are: the same chunks for every placement.
     """
     runs: list[Chunk] = []
     for param in layout.trainable:
@@ -28,5 +30,9 @@ def cut_chunks(layout: BlockLayout, chunk_elements: int) -> Iterator[Chunk]:
         else:
             runs.append(Chunk(param.offset, param.end, param.spec.decay))
     for run in runs:
-        for start in range(run.start, run.stop, chunk_elements):
-            yield Chunk(start, min(start + chunk_elements, run.stop), run.decay)
+        start = run.start
+        while start < run.stop:
+            end_of_page = (start // PAGE_ELEMENTS + 1) * PAGE_ELEMENTS
+            stop = min(start + chunk_elements, run.stop, end_of_page)
+            yield Chunk(start, stop, run.decay)
+            start = stop

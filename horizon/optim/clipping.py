@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Clip, Moments, OnNonFinite
+from horizon.config.schema import Clip, MasterFormat, Moments, OnNonFinite
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.optim.adamw import AdamW
 
@@ -51,6 +51,11 @@ class Clipping:
             raise ConfigError(
                 "clip=speculative takes updates back only from float32 moments, but they are "
                 f"{adamw.moments}; set optim.moments=float32, or optim.clip=exact"
+            )
+        if self.mode is Clip.speculative and adamw.master != MasterFormat.split:
+            raise ConfigError(
+                f"clip=speculative takes updates back only from split masters, but they are {adamw.master}; set "
+                "optim.master=split, or optim.clip=exact"
             )
         beta1, beta2 = adamw.betas
         if self.mode is Clip.speculative and beta1**2 >= beta2:

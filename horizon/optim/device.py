@@ -20,6 +20,7 @@ from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater, chunk_elements, load_update
 from horizon.store.ledger import Ledger
+from horizon.store.pages import UpdatePages
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import HBM_UPDATE, Cause
 from horizon.units import align_up
@@ -74,7 +75,7 @@ class _HostArithmetic:
         self._update = load_update()
 
     def __call__(self, block: int, states: StateTensors, decayed: StepScalars, undecayed: StepScalars) -> None:
-        arrays = UpdateStates.of_tensors(*states).arrays()
+        arrays = UpdateStates.of_tensors(**states._asdict()).arrays()
         for chunk in self._chunks[block]:
             weights, residual, exp_avg, exp_avg_sq, grads = (array[chunk.start : chunk.stop] for array in arrays)
             self._update(weights, residual, exp_avg, exp_avg_sq, grads, decayed if chunk.decay else undecayed)
@@ -193,13 +194,14 @@ def make_updater(
     streams: Streams,
     release: Callable[[int], None],
     seed: int = 0,
+    pages: UpdatePages | None = None,
     pace: Pace | None = None,
 ) -> Updater | TieredUpdater:
     """Who updates the blocks of a model of which `in_hbm` have their states on the device, with moments in fp32.
 
     Args:
         states: gives a block's tensors by name, its gradient as `grads`.
-        seed, pace: as `Updater` takes them.
+        seed, pages, pace: as `Updater` takes them.
     """
 
     def arrays(block: int) -> UpdateStates:
@@ -212,7 +214,7 @@ def make_updater(
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
     host = Updater(
         on_host, arrays, ledger, adamw, num_threads, release, chunk_elements(layouts, num_threads),
-        seed=seed, timeline=streams.timeline, pace=pace,
+        seed=seed, timeline=streams.timeline, pages=pages, pace=pace,
     )  # fmt: skip
     if not in_hbm:
         return host

@@ -1,4 +1,4 @@
-"""Moments in 16 or 8 bits: the random bits, and the update as plain numpy and torch operations.
+"""What is kept in 16 or 8 bits: the random bits, and the update as plain numpy and torch operations.
 
 The formats are defined at the head of `horizon.optim.adamw`; `horizon.optim.narrow` is the same as compiled kernels.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from horizon.optim.adamw import TORCH_PIECE, Array, StepScalars, update_torch
+from horizon.optim.adamw import TORCH_PIECE, Array, StepScalars, Update, update_torch
 from horizon.plan.states import GROUP
 
 STRIDE, MIX_1, MIX_2 = 0x9E3779B9, 0x21F0AAAD, 0x735A2D97
 M_TOP, M_SHIFT = 247, 19  # x of the largest |m|: code 127 is 1 + x = 248; bits below a code's last
 V_TOP, V_SHIFT = 251, 18  # x of the largest sqrt(v): code 255 is 1 + x = 252
+MASTER_NOISE = np.uint32(1 << 31)  # added to the noise of a block: that of elements which no block has
 TINY = 2.0**-100  # a group whose largest is below is stored as zeros: its reciprocal could be infinite
 
 Bits = NDArray[np.uint32]
@@ -62,6 +64,19 @@ def update_torch_int8(
         update_torch(weights[span], residual[span], m, v, grads[span], scalars)
         exp_avg[span], exp_avg_scale[groups] = write_m(m, random)
         exp_avg_sq[span], exp_avg_sq_scale[groups] = write_v(v, random)
+
+
+def stochastic_master(update: Update, takes_noise: bool) -> Update:
+    """`update`, which takes a split master, for one that is bf16 weights alone."""
+
+    def rounded(weights: Array, *arguments: Any) -> None:
+        *others, scalars, first = arguments
+        high, low = weights.copy(), np.zeros_like(weights)
+        update(high, low, *others, scalars, *([first] if takes_noise else []))
+        bits = (high.astype(_U) << _U(16)) - ((low.astype(_U) & _U(0x8000)) << _U(1)) + low
+        weights[:] = (bits + (random_bits(first ^ MASTER_NOISE, weights.size) & _U(0xFFFF))) >> _U(16)
+
+    return rounded
 
 
 def read_m(codes: Array, scales: Array) -> Array:

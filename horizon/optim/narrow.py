@@ -1,4 +1,7 @@
-"""The AdamW update with moments of 16 or 8 bits as numba kernels; see `horizon.optim.kernel` for why they look so.
+"""The AdamW update of what is kept in 16 or 8 bits as numba kernels; see `horizon.optim.kernel` for why they look so.
+
+Each format of moments has a kernel for split masters and one for bf16 weights alone, made from the same body: `split`
+is a constant in either, and what it leaves out the compiler drops. The latter are called with `lo` the same as `hi`.
 
 With int8 moments a group's scales are known after its last element: its new moments wait on the stack, in the first
 cache, where the compiler knows that they share no memory with the arrays. Every inner loop is over one whole group,
@@ -19,12 +22,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.optim.adamw import StepScalars, Update
 from horizon.optim.kernel import _as_f32, _as_u32, _fma, _grad_f32
-from horizon.optim.moments import M_SHIFT, M_TOP, MIX_1, MIX_2, STRIDE, TINY, V_SHIFT, V_TOP
+from horizon.optim.moments import M_SHIFT, M_TOP, MASTER_NOISE, MIX_1, MIX_2, STRIDE, TINY, V_SHIFT, V_TOP
 from horizon.optim.states import update_order
-from horizon.plan.states import GROUP
+from horizon.plan.states import GROUP, State
 
 _WORDS = ir.ArrayType(ir.IntType(32), GROUP)
 
@@ -80,11 +83,44 @@ def _join(hi, lo):
     return _as_f32(u(u(u(hi) << u(16)) - u(u(rest & u(0x8000)) << u(1))) | rest)
 
 
+@numba.njit(inline="always")
+def _read(hi, lo, split):
+    return _join(hi, lo) if split else _as_f32(np.uint32(np.uint32(hi) << np.uint32(16)))
+
+
+@numba.njit(inline="always")
+def _rounded(bits, first, i):
+    """The bf16 pattern above or below a float32 pattern, at random."""
+    u = np.uint32
+    return np.uint16(u(bits + u(_random(u(first ^ u(MASTER_NOISE)), i) & u(0xFFFF))) >> u(16))
+
+
+def _float32_bf16(hi, lo, m, v, g, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale, first):
+    for i in range(hi.size):
+        p = _read(hi[i], lo[i], False) * decay
+        grad = _grad_f32(g[i]) * grad_scale
+        mi = _fma(omb1, grad - m[i], m[i])
+        vi = _fma(omb2 * grad, grad, v[i] * b2)
+        m[i] = mi
+        v[i] = vi
+        hi[i] = _rounded(_as_u32(p + (nstep * mi) / (np.sqrt(vi) / rbc2 + eps)), first, i)
+
+
 def _bfloat16(hi, lo, m, v, g, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale, first):
+    _bfloat16_body(hi, lo, m, v, g, (b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale), first, True)
+
+
+def _bfloat16_bf16(hi, lo, m, v, g, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale, first):
+    _bfloat16_body(hi, lo, m, v, g, (b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale), first, False)
+
+
+@numba.njit(inline="always")
+def _bfloat16_body(hi, lo, m, v, g, scalars, first, split):
+    b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale = scalars
     u = np.uint32
     sign, low, sixteen = u(0x8000), u(0xFFFF), u(16)
     for i in range(hi.size):
-        p = _join(hi[i], lo[i]) * decay
+        p = _read(hi[i], lo[i], split) * decay
         grad = _grad_f32(g[i]) * grad_scale
         m0, v0 = _grad_f32(m[i]), _grad_f32(v[i])
         mi = _fma(omb1, grad - m0, m0)
@@ -93,8 +129,11 @@ def _bfloat16(hi, lo, m, v, g, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_sca
         random = _random(first, i)
         m[i] = np.uint16(u(_as_u32(mi) + u(random & low)) >> sixteen)
         v[i] = np.uint16(u(_as_u32(vi) + u(random >> sixteen)) >> sixteen)
-        hi[i] = np.uint16(u(bits + sign) >> sixteen)
-        lo[i] = np.uint16(bits & low)
+        if split:
+            hi[i] = np.uint16(u(bits + sign) >> sixteen)
+            lo[i] = np.uint16(bits & low)
+        else:
+            hi[i] = _rounded(bits, first, i)
 
 
 def _int8(hi, lo, m, v, g, ms, vs, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale, first):
@@ -102,11 +141,19 @@ def _int8(hi, lo, m, v, g, ms, vs, b2, omb1, omb2, eps, decay, nstep, rbc2, grad
     arrays, scalars = (hi, lo, m, v, g, ms, vs), (b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale)
     waiting = _stack(), _stack(), _stack()
     for start in range(0, hi.size, GROUP):
-        _group(start, arrays, scalars, first, waiting)
+        _group(start, arrays, scalars, first, waiting, True)
+
+
+def _int8_bf16(hi, lo, m, v, g, ms, vs, b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale, first):
+    _wide()
+    arrays, scalars = (hi, lo, m, v, g, ms, vs), (b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale)
+    waiting = _stack(), _stack(), _stack()
+    for start in range(0, hi.size, GROUP):
+        _group(start, arrays, scalars, first, waiting, False)
 
 
 @numba.njit(inline="always")
-def _group(start, arrays, scalars, first, waiting):
+def _group(start, arrays, scalars, first, waiting, split):
     """The group that begins at element `start`; `waiting`: three places on the stack."""
     hi, lo, m, v, g, ms, vs = arrays
     b2, omb1, omb2, eps, decay, nstep, rbc2, grad_scale = scalars
@@ -118,7 +165,7 @@ def _group(start, arrays, scalars, first, waiting):
     m_most, v_most = u(0), u(0)  # patterns of floats >= 0 are in the order of the floats
     for j in range(GROUP):
         i = at(start + j)
-        p = _join(hi[i], lo[i]) * decay
+        p = _read(hi[i], lo[i], split) * decay
         grad = _grad_f32(g[i]) * grad_scale
         code = u(m[i])
         size = (_as_f32(u(u(u(code & u(127)) << u(M_SHIFT)) + one)) - f(1)) * m_unit
@@ -138,8 +185,11 @@ def _group(start, arrays, scalars, first, waiting):
     # Loops with few stores: a store into an array may be into another one for all the compiler knows.
     for j in range(GROUP):
         bits = _get(new_p, j)
-        hi[at(start + j)] = np.uint16(u(bits + u(0x8000)) >> u(16))
-        lo[at(start + j)] = np.uint16(bits & low)
+        if split:
+            hi[at(start + j)] = np.uint16(u(bits + u(0x8000)) >> u(16))
+            lo[at(start + j)] = np.uint16(bits & low)
+        else:
+            hi[at(start + j)] = _rounded(bits, first, start + j)
     for j in range(GROUP):
         random, bits = _random(first, start + j), _get(new_m, j)
         _set(new_p, j, random)
@@ -154,15 +204,26 @@ def _group(start, arrays, scalars, first, waiting):
 
 
 GRADS = (types.uint16, types.float32)
-KINDS = {  # of the arrays after the master: exp_avg, exp_avg_sq, and the scales behind the gradient
-    Moments.bfloat16: (_bfloat16, (types.uint16, types.uint16), ()),
-    Moments.int8: (_int8, (types.uint8, types.uint8), (types.float32, types.float32)),
+KINDS: dict[Moments, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    # of the arrays after the master: exp_avg, exp_avg_sq, and the scales behind the gradient
+    Moments.float32: ((types.float32, types.float32), ()),
+    Moments.bfloat16: ((types.uint16, types.uint16), ()),
+    Moments.int8: ((types.uint8, types.uint8), (types.float32, types.float32)),
+}
+BODIES = {
+    (Moments.bfloat16, MasterFormat.split): _bfloat16,
+    (Moments.int8, MasterFormat.split): _int8,
+    (Moments.float32, MasterFormat.bf16_stochastic): _float32_bf16,
+    (Moments.bfloat16, MasterFormat.bf16_stochastic): _bfloat16_bf16,
+    (Moments.int8, MasterFormat.bf16_stochastic): _int8_bf16,
 }
 
 
-def compile_kernel(moments: Moments, cache: bool, grads: Sequence[Any] = GRADS) -> Callable[..., None]:
-    """The kernel of a format for these kinds of gradient, compiled now or taken from numba's cache."""
-    function, kept, scales = KINDS[moments]
+def compile_kernel(
+    moments: Moments, cache: bool, grads: Sequence[Any] = GRADS, master: MasterFormat = MasterFormat.split
+) -> Callable[..., None]:
+    """The kernel of these formats for these kinds of gradient, compiled now or taken from numba's cache."""
+    function, (kept, scales) = BODIES[moments, master], KINDS[moments]
     scalars = [*[types.float32] * len(StepScalars._fields), types.uint32]
     signatures = []
     for grad in grads:
@@ -175,23 +236,22 @@ def compile_kernel(moments: Moments, cache: bool, grads: Sequence[Any] = GRADS) 
 
 
 @functools.cache
-def narrow_update(moments: Moments) -> Update:
-    """The update with moments of 16 or 8 bits, as `horizon.optim.moments` has it; lengths are not checked."""
+def narrow_update(moments: Moments, master: MasterFormat = MasterFormat.split) -> Update:
+    """The update of these formats, not all in fp32, as `horizon.optim.moments` has it; lengths are not checked."""
     try:
-        kernel = compile_kernel(moments, cache=True)
+        kernel = compile_kernel(moments, cache=True, master=master)
     except RuntimeError:  # numba finds no folder that it may write to
-        kernel = compile_kernel(moments, cache=False)
+        kernel = compile_kernel(moments, cache=False, master=master)
 
     def update(*arguments: Any) -> None:
         *arrays, scalars, first = arguments
-        kernel(*arrays, *scalars, first)
+        kernel(*arrays[: 1 if master is MasterFormat.bf16_stochastic else 0], *arrays, *scalars, first)
 
-    return update if moments is Moments.bfloat16 else _by_groups(update)
+    return _by_groups(update, update_order(moments, master)) if moments is Moments.int8 else update
 
 
-def _by_groups(update: Update) -> Update:
+def _by_groups(update: Update, order: Sequence[State]) -> Update:
     """`update` for chunks whose last group is cut short."""
-    order = update_order(Moments.int8)
 
     def by_groups(*arguments: Any) -> None:
         *arrays, scalars, first = arguments

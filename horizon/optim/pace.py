@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from horizon.config.schema import Tier
 from horizon.optim.adamw import Array
@@ -18,6 +18,11 @@ from horizon.optim.states import GRADS, update_order
 from horizon.plan.memory import MemoryNeeds
 
 Pace = Callable[[int, Sequence[Array]], AbstractContextManager[None]]  # around an update of a block's arrays
+
+
+def unpaced(block: int, arrays: Sequence[Array]) -> AbstractContextManager[None]:
+    """Real memory's."""
+    return nullcontext()
 
 
 class SimulatedPace:
@@ -50,7 +55,7 @@ def simulated_pace(needs: MemoryNeeds) -> Pace | None:
     """The pace of updates of states placed as `needs` says; None where the tier is real, or there is none."""
     if needs.cxl.bytes_per_s is None:
         return None
-    order = update_order(needs.moments)
+    order = update_order(needs.moments, needs.master)
     names = [state.name for state in order]
 
     def share(name: str, block: int) -> float:

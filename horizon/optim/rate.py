@@ -8,14 +8,15 @@ from functools import lru_cache
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW
 from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater
 from horizon.plan.cost import Rates, update_bytes
-from horizon.plan.cxl import CxlTier
+from horizon.plan.cxl import NO_CXL, CxlTier
+from horizon.plan.states import states_of
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
 from horizon.store.tiers import Nodes
@@ -30,7 +31,9 @@ CHUNKS_A_THREAD = 4
 
 
 @lru_cache(maxsize=8)
-def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> Rates:
+def measure_rates(
+    device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, cxl: CxlTier = NO_CXL
+) -> Rates:
     """Rates of copies and updates, each with nothing else going on; measured once per process."""
     up, down, within = measure_copies(Streams.on(device))
     if device.type == "cuda":
@@ -41,6 +44,7 @@ def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtyp
         device_bytes_per_s=within,
         updates_per_s=measure_update_rate(PARAMETERS[device.type], num_threads, grad_dtype, optimizer),
         overlaps=device.type == "cuda",
+        cxl_bytes_per_s=cxl_bytes_per_s(cxl, num_threads, grad_dtype, optimizer),
     )
 
 
@@ -48,7 +52,7 @@ def cxl_bytes_per_s(cxl: CxlTier, num_threads: int, grad_dtype: torch.dtype, opt
     """Bytes that updates read and write in a second with all states on the tier; inf without one."""
     if cxl.bytes_per_s is not None or not cxl.num_bytes:
         return cxl.bytes_per_s or math.inf
-    size = update_bytes(Moments(optimizer.moments), grad_dtype)
+    size = update_bytes(states_of(MasterFormat(optimizer.master), Moments(optimizer.moments)), grad_dtype)
     num_parameters = min(PARAMETERS["cuda"], int(cxl.num_bytes / (2 * size)))
     return size * measure_update_rate(num_parameters, num_threads, grad_dtype, optimizer, cxl.nodes)
 
@@ -76,7 +80,10 @@ def update_seconds(
         nodes, pace: where its states are, as `HostStore` and `Updater` take them.
     """
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
-    store = HostStore([layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments), nodes=nodes)
+    store = HostStore(
+        [layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments),
+        master=MasterFormat(optimizer.master), nodes=nodes,
+    )  # fmt: skip
     buffers = KeptGradients([layout], grad_dtype, pin=False, nodes=nodes)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.optim.adamw import Array, UpdateArrays
-from horizon.plan.states import MASTER, MOMENTS, State
+from horizon.plan.states import MASTERS, MOMENTS, State
 
 GRADS = State("grads", torch.bfloat16)  # or float32
 
 
-def update_order(moments: Moments) -> tuple[State, ...]:
-    """What an update with moments of a format takes: master, moments, gradient, scales."""
+def update_order(moments: Moments, master: MasterFormat = MasterFormat.split) -> tuple[State, ...]:
+    """What an update with states of these formats takes: master, moments, gradient, scales."""
     first, second, *scales = MOMENTS[moments]
-    return (*MASTER, first, second, GRADS, *scales)
+    return (*MASTERS[master], first, second, GRADS, *scales)
 
 
-def traffic(arrays: Sequence[Array]) -> int:
+def traffic(arrays: Sequence[Array], order: Sequence[State]) -> int:
     """Bytes that an update of these arrays, in that order, moves: it reads all and writes all but the gradient."""
-    grads = arrays[len(MASTER) + 2]
+    grads = arrays[order.index(GRADS)]
     return 2 * sum(array.nbytes for array in arrays) - grads.nbytes
 
 
@@ -32,7 +32,7 @@ class UpdateStates:
     """The host arrays of one block, its trainable prefix each or more; kinds as in `horizon.optim.adamw`."""
 
     weights: Array
-    residual: Array
+    residual: Array | None
     exp_avg: Array
     exp_avg_sq: Array
     grads: Array
@@ -43,7 +43,8 @@ class UpdateStates:
     def of_tensors(
         cls,
         weights: Tensor,
-        residual: Tensor,
+        residual: Tensor | None = None,
+        *,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         grads: Tensor,
@@ -52,18 +53,23 @@ class UpdateStates:
     ) -> UpdateStates:
         """Views of flat CPU tensors of the kinds that `horizon.plan.states` lists; `grads`: bfloat16 or float32."""
         given = (weights, residual, exp_avg, exp_avg_sq, grads, exp_avg_scale, exp_avg_sq_scale)
-        return cls(*(_as_array(tensor) for tensor in given if tensor is not None))
+        return cls(*(None if tensor is None else as_array(tensor) for tensor in given))  # type: ignore[arg-type]
 
     def arrays(self) -> UpdateArrays:
         """The arrays that there are, in the order that an update takes them."""
         return tuple(array for name in self.__slots__ if (array := getattr(self, name)) is not None)
 
-    def check(self, num_trainable: int, moments: Moments = Moments.float32) -> None:
-        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look."""
-        for array, state in zip(self.arrays(), update_order(moments), strict=True):
+    def check(self, num_trainable: int, order: Sequence[State], elsewhere: Collection[str] = ()) -> None:
+        """Raise a RuntimeError if an array is too short, not flat or of a wrong kind: the kernel does not look.
+
+        Args:
+            order: what the update takes.
+            elsewhere: states that have empty arrays here.
+        """
+        for array, state in zip(self.arrays(), order, strict=True):
             kinds = ("uint16", "float32") if state is GRADS else (_array_kind(state),)
             flat = array.ndim == 1 and array.flags.c_contiguous
-            least = state.span(0, num_trainable).stop
+            least = 0 if state.name in elsewhere else state.span(0, num_trainable).stop
             if not flat or array.dtype.name not in kinds or array.size < least:
                 raise RuntimeError(
                     f"state {state.name} is {array.dtype} {list(array.shape)} ({'flat' if flat else 'not flat'}); "
@@ -71,10 +77,10 @@ class UpdateStates:
                 )
 
 
-def _as_array(tensor: Tensor) -> Array:
+def as_array(tensor: Tensor) -> Array:
     """A numpy view; 16-bit kinds as uint16 bits."""
     return tensor.view(torch.uint16).numpy() if tensor.itemsize == 2 else tensor.numpy()
 
 
 def _array_kind(state: State) -> str:
-    return str(_as_array(torch.empty(0, dtype=state.dtype)).dtype)
+    return str(as_array(torch.empty(0, dtype=state.dtype)).dtype)

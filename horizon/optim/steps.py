@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from horizon.config.schema import Clip
@@ -58,6 +59,18 @@ class WaitingGradients:
     loss: float = 0.0  # mean over them
     batches: list[MicroBatch] = field(default_factory=list)  # of the last pass, or of the first with a bad loss
 
+    def share_beside(self, num_tokens: int) -> float:
+        """The weight of what waits beside a pass of so many trained tokens."""
+        return self.num_tokens / (self.num_tokens + num_tokens)
+
+    def joined(self, num_tokens: int, loss: float, batches: list[MicroBatch]) -> WaitingGradients:
+        """This, and one pass more."""
+        share = self.share_beside(num_tokens)
+        mean = self.loss * share + loss * (1 - share)
+        return WaitingGradients(
+            self.num_tokens + num_tokens, mean, batches if math.isfinite(self.loss) else self.batches
+        )
+
 
 class Steps:
     """Runs one optimizer step after another.
@@ -98,6 +111,16 @@ class Steps:
     def as_landed(self) -> bool:
         """Whether the host updates a block as soon as its gradient has landed, as far as clipping allows."""
         return not isinstance(self._updates, KeptUpdates)
+
+    @property
+    def last_norm(self) -> float | None:
+        """Of the gradients of the step applied last, before clipping; None before the first."""
+        return None if self._last_norm is None else float(self._last_norm)
+
+    def go_on_from(self, version: int, last_norm: float | None) -> None:
+        """The weights are others now, and have seen `version` steps, the last with gradients of `last_norm`."""
+        self.version = version
+        self._last_norm = None if last_norm is None else torch.tensor(last_norm)
 
     def run(
         self, batches: Sequence[MicroBatch], space: MakeSpace, lr: float, seed: int, loss_fn: LossFn | None

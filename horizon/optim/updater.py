@@ -16,21 +16,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from horizon.config.schema import Moments
-from horizon.errors import HorizonError
+from torch import Tensor
+
+from horizon.config.schema import MasterFormat, Moments
+from horizon.errors import HorizonError, TierError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
-from horizon.optim.moments import noise, update_torch_bfloat16, update_torch_int8
-from horizon.optim.pace import Pace
-from horizon.optim.states import UpdateStates, traffic, update_order
+from horizon.optim.moments import noise, stochastic_master, update_torch_bfloat16, update_torch_int8
+from horizon.optim.pace import Pace, unpaced
+from horizon.optim.states import UpdateStates, as_array, traffic, update_order
+from horizon.plan.disk import PAGE_ELEMENTS
 from horizon.store.ledger import Ledger
+from horizon.store.pages import UpdatePages
 from horizon.stream.timeline import Timeline
 
 # Milliseconds of work a chunk: long against the Python around it, during which a thread keeps all others, and the one
@@ -67,6 +71,7 @@ class _BlockUpdate:
     arrays: UpdateArrays | None = None  # asked for when the first chunk is taken
     num_taken: int = 0
     num_done: int = 0
+    left_of_page: Counter[int] = field(default_factory=Counter)  # chunks not done, where the block has states on nvme
 
 
 @dataclass(slots=True)
@@ -81,11 +86,13 @@ class _Pace:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
-    `seed` is that of the random bits with which moments of 16 or 8 bits are rounded. `pace`: see `horizon.optim.pace`.
+    `seed` is that of the random bits with which what is kept in 16 or 8 bits is rounded, `pace` slows it down.
 
     A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
-    until it calls `release(block index)`, just before the new version is published. A failure is recorded in `ledger`
-    naming the block, after which no further chunk is begun. Close the updater before freeing an array it may use.
+    until it calls `release(block index)`, just before the new version is published. States of a block that are on nvme
+    come from `pages` instead, where they are announced as the update is queued; the block's version is then published
+    when loads can see it. A failure is recorded in `ledger` naming the block, after which no further chunk is begun.
+    Close the updater before freeing an array it may use.
 
     Attributes:
         chunks: of every block that has something to train, by its index.
@@ -103,6 +110,7 @@ class Updater:
         *,
         seed: int = 0,
         timeline: Timeline | None = None,
+        pages: UpdatePages | None = None,
         pace: Pace | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
@@ -114,17 +122,15 @@ class Updater:
         self.chunks = {index: cut for index, cut in chunks.items() if cut}
         self._layouts = {layout.index: layout for layout in layouts}
         self._frozen = [index for index, cut in chunks.items() if not cut]
-        self._states = states
-        self._release = release
-        self._ledger = ledger
-        self._adamw = adamw
-        self._seed = seed
+        self._states, self._release, self._ledger = states, release, ledger
+        self._adamw, self._seed = adamw, seed
         self._num_threads = num_threads
-        self._moments = Moments(adamw.moments)
-        self._update = load_update(self._moments)
-        self._order = update_order(self._moments)
+        moments, master = Moments(adamw.moments), MasterFormat(adamw.master)
+        self._update = load_update(moments, master)
+        self._order = update_order(moments, master)
+        self._rounds = moments is not Moments.float32 or master is not MasterFormat.split
         self._timeline = timeline or Timeline()
-        self._pace_of = pace or (lambda block, arrays: nullcontext())
+        self._pages, self._pace_of = pages, pace or unpaced
         self._threads: list[threading.Thread] = []
         self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
@@ -184,6 +190,7 @@ class Updater:
                 if publishes:
                     self._submitted[block] = step
                 if chunks:
+                    self._announce(update)
                     self._queue.append(update)
                 elif publishes:
                     self._publish(update)
@@ -244,9 +251,10 @@ class Updater:
         """Take chunks and work on them until closed or failed; the body of each thread."""
         while (taken := self._take()) is not None:
             block, number, chunk = taken
-            started = time.perf_counter()
             try:
-                self._apply(block, number, chunk)
+                arrays = self._arrays(block, chunk)
+                started = time.perf_counter()
+                self._apply(block, number, chunk, arrays)
                 self._finish(block, chunk, time.perf_counter() - started)
             except BaseException as error:  # whatever it is, those who wait must hear of it
                 self._fail(block, error)
@@ -274,26 +282,48 @@ class Updater:
     def _round_of(block: _BlockUpdate) -> tuple[int, bool]:
         return block.step, block.publishes
 
-    def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk) -> None:
-        arrays = block.arrays or self._open(block)
+    def _announce(self, block: _BlockUpdate) -> None:
+        """Have what the update needs read from disk in its turn."""
+        if self._pages is None or block.layout.index not in self._pages.states:
+            return
+        if not block.publishes:
+            raise RuntimeError(f"block {block.layout.index} has states on nvme, and updates there cannot be taken back")
+        block.left_of_page.update(chunk.start // PAGE_ELEMENTS for _, chunk in block.chunks)
+        self._pages.announce(block.layout.index)
+
+    def _arrays(self, block: _BlockUpdate, chunk: Chunk) -> UpdateArrays:
+        """The chunk's part of every array; waits for those on nvme."""
+        arrays, index = block.arrays or self._open(block), block.layout.index
+        page, staged = chunk.start // PAGE_ELEMENTS, dict[str, Tensor]()
+        if block.left_of_page:
+            assert self._pages is not None
+            staged = self._pages.acquire(index, page)
+        parts = []
+        for array, state in zip(arrays, self._order, strict=True):
+            if state.name in staged:
+                start = page * PAGE_ELEMENTS
+                parts.append(as_array(staged[state.name])[state.span(chunk.start - start, chunk.stop - start)])
+            else:
+                parts.append(array[state.span(chunk.start, chunk.stop)])
+        return tuple(parts)
+
+    def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk, parts: UpdateArrays) -> None:
         scalars = block.decayed if chunk.decay else block.undecayed
-        parts = tuple(
-            array[state.span(chunk.start, chunk.stop)] for array, state in zip(arrays, self._order, strict=True)
-        )
-        index = block.layout.index
-        with self._timeline.update(index, traffic(parts)), self._pace_of(index, parts):
+        at = block.layout.index
+        with self._timeline.update(at, traffic(parts, self._order)), self._pace_of(at, parts):
             if block.work is not None:
                 block.work(number, parts, scalars)
-            elif self._moments is Moments.float32:
-                self._update(*parts, scalars)
-            else:
+            elif self._rounds:
                 self._update(*parts, scalars, noise(self._seed, block.step, block.layout.index, chunk.start))
+            else:
+                self._update(*parts, scalars)
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
         with self._opening:
             if block.arrays is None:
                 states = self._states(block.layout.index)
-                states.check(block.layout.num_trainable, self._moments)
+                paged = () if self._pages is None else self._pages.states.get(block.layout.index, ())
+                states.check(block.layout.num_trainable, self._order, [state.name for state in paged])
                 block.arrays = states.arrays()
             return block.arrays
 
@@ -303,16 +333,31 @@ class Updater:
             self._pace.busy_s += busy_s
             self._num_under_way -= 1
             block.num_done += 1
+            if block.left_of_page:
+                self._release_page(block, chunk.start // PAGE_ELEMENTS)
             if block.publishes and block.num_done == len(block.chunks):
                 self._publish(block)
             if self._num_under_way == 0:
                 self._wake.notify_all()
 
+    def _release_page(self, block: _BlockUpdate, page: int) -> None:
+        block.left_of_page[page] -= 1
+        if block.left_of_page[page] == 0:
+            assert self._pages is not None
+            self._pages.release(block.layout.index, page)
+
     def _publish(self, block: _BlockUpdate) -> None:
-        self._release(block.layout.index)
-        self._ledger.publish(block.layout.index, block.step)
+        index = block.layout.index
+        self._release(index)
+        if self._pages is None or index not in self._pages.states:
+            self._ledger.publish(index, block.step)
+        else:
+            self._pages.when_loadable(index, partial(self._ledger.publish, index, block.step))
 
     def _fail(self, block: _BlockUpdate, error: BaseException) -> None:
+        if isinstance(error, TierError):  # it names what failed, and the update is not to blame
+            self._ledger.fail(error)
+            return
         failure = HorizonError(
             f"the update of block {block.layout.index} ({block.layout.name}) at step {block.step} failed: {error!r}"
         )
@@ -330,15 +375,22 @@ def chunk_elements(layouts: Sequence[BlockLayout], num_threads: int) -> int:
     return min(max(share // PARAM_ALIGN * PARAM_ALIGN, CHUNK_ELEMENTS), MOST_ELEMENTS)
 
 
-def load_update(moments: Moments = Moments.float32) -> Update:
+def load_update(moments: Moments = Moments.float32, master: MasterFormat = MasterFormat.split) -> Update:
     """The numba kernel, or plain torch with one warning in the log where numba cannot be imported."""
     try:
         from horizon.optim.kernel import update_numba
         from horizon.optim.narrow import narrow_update
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
         log.warning("numba is not available (%s): AdamW runs as plain torch operations, about ten times slower", error)
-        return TORCH_UPDATES[moments]
-    return update_numba if moments is Moments.float32 else narrow_update(moments)
+        return torch_update(moments, master)
+    split = moments is Moments.float32 and master is MasterFormat.split
+    return update_numba if split else narrow_update(moments, master)
+
+
+def torch_update(moments: Moments, master: MasterFormat = MasterFormat.split) -> Update:
+    """The update as plain torch operations."""
+    update = TORCH_UPDATES[moments]
+    return update if master is MasterFormat.split else stochastic_master(update, moments is not Moments.float32)
 
 
 TORCH_UPDATES: dict[Moments, Update] = {

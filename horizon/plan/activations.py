@@ -135,7 +135,7 @@ def plan_activations(
 def _offloaded_lines(plan: MemoryPlan, num_bytes: int) -> list[Line]:
     """Boundaries on the host that found no idle buffer."""
     cxl = plan.limits.cxl
-    dram, away = (0, num_bytes) if cxl.takes_boundaries else (num_bytes, 0)
+    dram, away = (0, num_bytes) if cxl.boundaries else (num_bytes, 0)
     return host_lines(cxl, "offloaded activations", dram, away)
 
 

@@ -6,18 +6,19 @@ Pure arithmetic, as `horizon.plan.memory`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Moments, Recompute, Tier
+from horizon.config.schema import Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
+from horizon.plan.disk import loaded_states
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
 from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, num_bytes
+from horizon.plan.states import State, num_bytes
 from horizon.plan.traffic import loaded_elements
 
 HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
@@ -95,7 +96,7 @@ def step_cost(
     first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
     shares = [num / times.num_tokens for num in tokens]
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
-    element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+    element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
 
     def block(layout: BlockLayout) -> BlockCost:
         if layout.index == 0:
@@ -143,10 +144,9 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
     return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
 
 
-def update_bytes(moments: Moments, grad_dtype: torch.dtype) -> float:
+def update_bytes(states: Iterable[State], grad_dtype: torch.dtype) -> float:
     """Bytes a parameter that an update reads and writes, as fractions where numbers stand for several parameters."""
-    states = sum(2 * state.dtype.itemsize / state.group for state in (*MASTER, *MOMENTS[moments]))
-    return states + grad_dtype.itemsize
+    return sum(2 * state.dtype.itemsize / state.group for state in states) + grad_dtype.itemsize
 
 
 def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:
@@ -155,16 +155,15 @@ def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> flo
     def share(state: str) -> float:
         return 1.0 if needs.tier(state, layout.index) is Tier.cxl else needs.cxl.share
 
-    trained = {state.name: state.numel(layout) * state.dtype.itemsize for state in MOMENTS[needs.moments]}
-    trained |= {state.name: layout.num_trainable * state.dtype.itemsize for state in MASTER}
-    on_cxl = sum(2 * share(state) * num_bytes for state, num_bytes in trained.items())
+    trained = ((s.name, layout.num_trainable // s.group * s.dtype.itemsize) for s in needs.states)
+    on_cxl = sum(2 * share(state) * num_bytes for state, num_bytes in trained)
     on_cxl += share(GRADS) * layout.num_trainable * needs.grad_dtype.itemsize
     return max(layout.num_trainable / rates.updates_per_s, on_cxl / rates.cxl_bytes_per_s)
 
 
 def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:
     """Bytes that an update on the device reads and writes."""
-    states = num_bytes((*MASTER, *MOMENTS[needs.moments]), [layout])
+    states = num_bytes(needs.states, [layout])
     return 2 * states + layout.num_trainable * needs.grad_dtype.itemsize
 
 

@@ -25,6 +25,7 @@ class CxlTier:
     dram_nodes: tuple[int, ...] = ()  # that the dram tier is bound to; none: where the kernel puts pages
     bytes_per_s: float | None = None  # of a stand-in
     interleaved: bool = False  # every array lies on all nodes of both tiers
+    boundaries: bool = False  # offloaded boundaries that find no idle buffer lie here, not in dram
 
     @property
     def simulated(self) -> bool:
@@ -44,6 +45,11 @@ class CxlTier:
         return f"the cxl tier is NUMA nodes {', '.join(map(str, self.nodes))}"
 
     @property
+    def note(self) -> str:
+        """What follows the title of what comes of a stand-in."""
+        return f", {self.name}" if self.simulated else ""
+
+    @property
     def budget_key(self) -> str:
         """The setting that says how much it may hold."""
         return "memory.cxl_simulated.size" if self.simulated else "memory.cxl_budget"
@@ -56,14 +62,9 @@ class CxlTier:
         return len(self.nodes) / len(self.nodes + self.dram_nodes) if self.nodes else 0.5
 
     @property
-    def takes_boundaries(self) -> bool:
-        """Offloaded boundaries lie here, not in dram."""
-        return self.num_bytes > 0 and not self.interleaved
-
-    @property
     def boundary_nodes(self) -> tuple[int, ...]:
         """NUMA nodes of offloaded boundaries."""
-        return self.nodes_of(Tier.cxl if self.takes_boundaries else Tier.dram)
+        return self.nodes_of(Tier.cxl if self.boundaries else Tier.dram)
 
     def nodes_of(self, tier: Tier) -> tuple[int, ...]:
         """NUMA nodes that an array of a tier is striped over; none: the kernel decides."""
@@ -73,6 +74,11 @@ class CxlTier:
 
 
 NO_CXL = CxlTier()
+
+
+def wants_cxl(memory: MemoryConfig) -> bool:
+    """The policy uses the tier, or a rule names it."""
+    return memory.policy in POLICIES or any(getattr(rule, "tier", None) == Tier.cxl for rule in memory.rules)
 
 
 def read_cxl(memory: MemoryConfig, topology: Topology, bindable: bool = True) -> CxlTier:
@@ -86,22 +92,22 @@ def read_cxl(memory: MemoryConfig, topology: Topology, bindable: bool = True) ->
     """
     policy = choice(Policy, memory.policy, "memory.policy")
     simulated = settings(SimulatedCxl, memory.cxl_simulated, "memory.cxl_simulated")
-    if policy not in POLICIES:
+    if not wants_cxl(memory):
         _refuse_unused(memory, policy, simulated)
         several = bindable and len(topology.with_memory()) > 1
         return CxlTier(dram_nodes=topology.dram_nodes() if several else ())
     budget = None if memory.cxl_budget == "auto" else parse_bytes(memory.cxl_budget, "memory.cxl_budget")
-    interleaved = policy is Policy.interleave
+    interleaved, boundaries = policy is Policy.interleave, policy is Policy.cxl_aware
     if simulated.size is not None:
         if memory.cxl_nodes != "auto" or budget is not None:
             raise ConfigError("memory.cxl_simulated.size with memory.cxl_nodes or memory.cxl_budget; set either")
         if not simulated.gb_per_s > 0:
             raise ConfigError(f"memory.cxl_simulated.gb_per_s must be > 0, got {simulated.gb_per_s}")
         size, pace = parse_bytes(simulated.size, "memory.cxl_simulated.size"), simulated.gb_per_s * 1e9
-        return CxlTier(size, bytes_per_s=pace, interleaved=interleaved)
+        return CxlTier(size, bytes_per_s=pace, interleaved=interleaved, boundaries=boundaries)
     nodes = topology.cxl_nodes(memory.cxl_nodes)
     free = topology.free_bytes(nodes)
-    return CxlTier(free if budget is None else budget, nodes, topology.dram_nodes(nodes), None, interleaved)
+    return CxlTier(free if budget is None else budget, nodes, topology.dram_nodes(nodes), None, interleaved, boundaries)
 
 
 def _refuse_unused(memory: MemoryConfig, policy: Policy, simulated: SimulatedCxl) -> None:
@@ -111,4 +117,7 @@ def _refuse_unused(memory: MemoryConfig, policy: Policy, simulated: SimulatedCxl
         "cxl_simulated.size": simulated.size is not None,
     }
     for name in (name for name, used in given.items() if used):
-        raise ConfigError(f"memory.{name} has no use with memory.policy={policy}; use {' or '.join(POLICIES)}")
+        raise ConfigError(
+            f"memory.{name} has no use with memory.policy={policy}; "
+            f"use {' or '.join(POLICIES)}, or a rule with tier=cxl"
+        )

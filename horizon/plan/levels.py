@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from horizon.config.schema import Tier
-from horizon.plan.memory import GRADS, RING_BUFFERS, Limits, MemoryNeeds, Place
-from horizon.plan.states import MASTER, MOMENTS
+from horizon.plan.disk import Place
+from horizon.plan.memory import GRADS, RING_BUFFERS, Limits, MemoryNeeds
+from horizon.plan.states import MASTERS, MOMENTS
 
 
 def fill_dram(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
     """`needs` with dram filled level by level and the rest on cxl; the plan refuses what exceeds both."""
-    room = limits.host - needs.host_overhead
+    room = limits.host - needs.host_overhead - needs.saving
     placed: dict[Place, Tier] = {}
     for places, num_bytes in _by_level(needs):
         if num_bytes <= room:
@@ -32,8 +33,7 @@ def fill_dram(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
 def _by_level(needs: MemoryNeeds) -> Iterator[tuple[list[Place], int]]:
     """What stays together, in the order in which it gets dram, and its bytes."""
     blocks = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
-    weights, residual = MASTER
-    for state in (*MOMENTS[needs.moments], residual, weights):
+    for state in (*MOMENTS[needs.moments], *reversed(MASTERS[needs.master])):  # weights come last
         for layout in blocks:
             yield [(state.name, layout.index)], state.num_bytes(layout)
     grads = {lay.index: lay.num_trainable * needs.grad_dtype.itemsize for lay in blocks}

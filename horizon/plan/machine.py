@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 import torch
 
@@ -18,6 +20,7 @@ ALLOCATOR_SLACK = 384 * MIB
 LIBRARIES = (
     640 * MIB
 )  # host memory that CUDA's libraries and compiled kernels take during the first steps (seen: 0.7 GiB)
+DISK_MARGIN = GIB  # left on the file system with memory.nvme_budget=auto
 NO_LIMIT = 1 << 62  # version 1 writes about this where there is none
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
 
@@ -48,6 +51,11 @@ def resolve_dtype(dtype: ComputeDtype, device: torch.device) -> torch.dtype:
     if dtype is ComputeDtype.auto:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if dtype is ComputeDtype.bfloat16 else torch.float32
+
+
+def pins(device: torch.device) -> bool:
+    """Whether what crosses the link to `device` should be registered with CUDA."""
+    return device.type == "cuda"
 
 
 _contexts: dict[int, int] = {}  # by device index: bytes of this process's CUDA context
@@ -129,23 +137,44 @@ def memory_limits(memory: MemoryConfig, device: torch.device, cxl: CxlTier = NO_
     """Budgets in bytes; `auto` is what is available now, this process's own use included, and no other tier's.
 
     Raises:
-        ConfigError: a budget is no size.
+        ConfigError: a budget is no size, or memory.nvme_dir no folder that can be written to.
     """
-    host = _host_limit(memory.host_budget)
+    host, nvme = _host_limit(memory.host_budget), nvme_bytes(memory)
     if memory.host_budget == "auto":
         host = _dram_of(host, cxl)
     if memory.device_budget != "auto":
-        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), cxl=cxl)
+        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), nvme=nvme, cxl=cxl)
     if device.type == "cpu":
-        return Limits(host, _dram_of(available_host_bytes() + process_bytes(), cxl), cxl=cxl)
+        return Limits(host, _dram_of(available_host_bytes() + process_bytes(), cxl), nvme=nvme, cxl=cxl)
     free, total = torch.cuda.mem_get_info(device)
-    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, cxl=cxl)
+    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, nvme=nvme, cxl=cxl)
+
+
+def nvme_bytes(memory: MemoryConfig) -> int:
+    """Bytes that states on nvme may take; 0 without a folder.
+
+    Raises:
+        ConfigError: memory.nvme_dir is no folder that can be written to, or a budget has no folder.
+    """
+    folder, budget = memory.nvme_dir, memory.nvme_budget
+    if folder is None:
+        if budget != "auto":
+            raise ConfigError(f"memory.nvme_budget={budget} without memory.nvme_dir; set the folder it is meant for")
+        return 0
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ConfigError(f"memory.nvme_dir={folder} is not a folder that can be written to; create it, or set another")
+    if budget != "auto":
+        return parse_bytes(budget, "memory.nvme_budget")
+    found = os.statvfs(folder)
+    return max(0, found.f_bavail * found.f_frsize - DISK_MARGIN)
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Device memory that nobody uses, learnt without a CUDA context; None where NVML is not available."""
+    """Device memory that no other process uses, learnt without a CUDA context; None where NVML is not available."""
+    own = TYPICAL_CONTEXT if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     used = _used_bytes(device)
-    return None if used is None else torch.cuda.get_device_properties(device).total_memory - used
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return None if used is None else min(total, total - used + own)
 
 
 def context_bytes(device: torch.device) -> int:

@@ -1,22 +1,34 @@
 """What a run will use, decided before anything is allocated: bytes per tier and purpose, and what fits.
 
 Pure arithmetic on layouts, budgets and measured facts that are passed in. Host = DRAM; device = GPU memory, or, on a
-CPU-only run, the part of DRAM that stands in for it; cxl = memory on other NUMA nodes, or what stands in for that.
+CPU-only run, the part of DRAM that stands in for it; cxl = memory on other NUMA nodes, or what stands in for that;
+nvme = a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 
-from horizon.config.schema import Moments, Tier
+from horizon.config.schema import MasterFormat, Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
 from horizon.plan.cxl import NO_CXL, CxlTier
+from horizon.plan.disk import (
+    LOAD_BUFFERS,
+    UPDATE_PAGES,
+    Place,
+    Placement,
+    load_buffer_bytes,
+    loaded_states,
+    map_disk,
+    on_tier,
+    update_page_bytes,
+)
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import MASTER, MOMENTS, State, num_bytes
+from horizon.plan.states import MOMENTS, State, num_bytes, states_of
 from horizon.units import GIB, MIB, format_bytes
 
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
@@ -26,8 +38,6 @@ GRADS = "grads"
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
 
 ON_HOST = Tier.dram, Tier.cxl
-Place = tuple[str, int]  # state, block
-Placement = Mapping[Place, Tier]  # of states of blocks on the host that are not in dram
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +57,15 @@ class Limits:
     device: int
     host_key: str = "memory.host_budget"
     device_key: str = "memory.device_budget"
+    nvme: int = 0
+    nvme_key: str = "memory.nvme_budget"
     cxl: CxlTier = NO_CXL
 
     def of(self, tier: str) -> tuple[int, str]:
         """(bytes, setting) of a tier."""
         return {
             "host": (self.host, self.host_key),
+            "nvme": (self.nvme, self.nvme_key),
             self.cxl.name: (self.cxl.num_bytes, self.cxl.budget_key),
             "device": (self.device, self.device_key),
         }[tier]
@@ -60,7 +73,7 @@ class Limits:
     @property
     def tiers(self) -> tuple[str, ...]:
         """In the order in which a plan shows them."""
-        return "host", self.cxl.name, "device"
+        return "host", self.cxl.name, "nvme", "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +105,11 @@ class MemoryPlan:
             rows.append(f"  {tier:<{wide}}{'predicted peak':<34}{total:>12}  of {limit}")
         if self.limits.cxl.simulated:
             rows.append(f"  {self.limits.cxl.describe()}")
-        return "\n".join([head, *rows, *([f"  {self.prediction.describe()}"] if self.prediction else [])])
+        if self.prediction:
+            rows.append(f"  {self.prediction.describe()}")
+        elif self.num_bytes("nvme"):
+            rows.append("  step time not predicted: the disk has no part in the prediction yet")
+        return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]
@@ -116,13 +133,20 @@ class MemoryNeeds:
     device_overhead: int  # context and buffers
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
+    master: MasterFormat = MasterFormat.split
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
+    saving: int = 0  # bytes that checkpoints are written from
     cxl: CxlTier = NO_CXL
 
     @property
     def states(self) -> tuple[State, ...]:
         """What every block has, gradients apart."""
-        return (*MASTER, *MOMENTS[self.moments])
+        return states_of(self.master, self.moments)
+
+    @property
+    def on_nvme(self) -> frozenset[Place]:
+        """States of blocks that are on nvme."""
+        return on_tier(self.placed, Tier.nvme)
 
     def tier(self, state: str, block: int) -> Tier:
         """Where a state of a block, or its gradient, is."""
@@ -152,6 +176,8 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     lines = [
         *_state_lines(needs),
         *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
+        *_nvme_lines(needs),
+        Line("host", "checkpoint staging", needs.saving),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -166,22 +192,27 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
 
 
 def _state_lines(needs: MemoryNeeds) -> list[Line]:
-    """What the host's tiers hold of every kind of state."""
-    kinds = {
-        "weights (bf16)": MASTER[:1],
-        "residual (low halves)": MASTER[1:],
+    """What dram and cxl hold of every kind of state."""
+    return [
+        line
+        for purpose, states in _kinds(needs).items()
+        for line in host_lines(needs.cxl, purpose, *(_held(needs, states, tier) for tier in ON_HOST))
+    ]
+
+
+def _kinds(needs: MemoryNeeds) -> dict[str, Sequence[State]]:
+    """The states that share a line of the plan."""
+    return {
+        "weights (bf16)": [s for s in needs.states if s.name == "weights"],
+        "residual (low halves)": [s for s in needs.states if s.name == "residual"],
         f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})": MOMENTS[needs.moments],
     }
 
-    def held(states: Sequence[State], tier: Tier) -> int:
-        of_tier = ((s, lay) for s in states for lay in needs.layouts if needs.tier(s.name, lay.index) is tier)
-        return sum(s.num_bytes(lay) for s, lay in of_tier)
 
-    return [
-        line
-        for purpose, states in kinds.items()
-        for line in host_lines(needs.cxl, purpose, *(held(states, tier) for tier in ON_HOST))
-    ]
+def _held(needs: MemoryNeeds, states: Sequence[State], tier: Tier) -> int:
+    """Bytes of these states on one tier of the host."""
+    of_tier = ((s, lay) for s in states for lay in needs.layouts if needs.tier(s.name, lay.index) is tier)
+    return sum(s.num_bytes(lay) for s, lay in of_tier)
 
 
 def host_lines(cxl: CxlTier, purpose: str, dram: int, on_cxl: int) -> list[Line]:
@@ -194,6 +225,22 @@ def host_lines(cxl: CxlTier, purpose: str, dram: int, on_cxl: int) -> list[Line]
 def _of_tier(needs: MemoryNeeds, tier: Tier) -> list[BlockLayout]:
     """Blocks whose gradients are there."""
     return [lay for lay in needs.layouts if needs.tier(GRADS, lay.index) is tier]
+
+
+def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
+    """What the nvme tier holds, and the host memory it passes through."""
+    states, layouts, places = needs.states, needs.layouts, needs.on_nvme
+    if not places:
+        return []
+    lines = [Line("nvme", purpose, _held(needs, kind, Tier.nvme)) for purpose, kind in _kinds(needs).items()]
+    padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
+    loaded = loaded_states(states, needs.compute_dtype)
+    return [
+        Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, places)),
+        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
+        *lines,
+        Line("nvme", "padding", padding),
+    ]
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:
@@ -213,8 +260,9 @@ def _remedy(plan: MemoryPlan, needs: MemoryNeeds) -> str:
 
 
 def slot_bytes(needs: MemoryNeeds) -> int:
-    """Device bytes of the weight slots: fp32 needs room for both halves and the joined values."""
-    per_element = 2 if needs.compute_dtype is torch.bfloat16 else 8
+    """Device bytes of the weight slots: fp32 needs room for what is loaded and the joined values."""
+    halves = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
+    per_element = halves if needs.compute_dtype is torch.bfloat16 else halves + 4
     return needs.weight_slots * per_element * slot_elements(needs.layouts, needs.in_hbm, needs.compute_dtype)
 
 
@@ -248,13 +296,14 @@ def check_fits(plan: MemoryPlan, remedy: str) -> None:
     for tier in plan.limits.tiers:
         need, (limit, key), slack = plan.num_bytes(tier), plan.limits.of(tier), PROCESS_DRIFT if tier == "host" else 0
         if need > limit:
+            kind = "space" if tier == "nvme" else "memory"
             parts = ", ".join(
                 f"{line.purpose} {format_bytes(line.num_bytes)}"
                 for line in (*plan.lines, *plan.activations)
                 if line.tier == tier and line.num_bytes
             )
             raise BudgetError(
-                f"needs {format_bytes(need)} of {tier} memory ({parts}) but {format_bytes(limit)} is allowed, "
+                f"needs {format_bytes(need)} of {tier} {kind} ({parts}) but {format_bytes(limit)} is allowed, "
                 f"{format_bytes(need - limit)} too little; the smallest {key} that works is {round_up(need + slack)} "
                 f"(or use {remedy})",
                 tier,

@@ -1,5 +1,7 @@
 """Which blocks' states live in device memory (`hbm`) and which on the host: pure arithmetic on layouts and budgets.
 
+What `horizon.plan.policies` puts on other tiers of the host stays there; blocks then do not move.
+
 A block in HBM is updated by the device, costs no transfer and no host memory. The order in which blocks get there:
 
 1. The embedding: last in the backward and first in the next forward, so its update on the host hides behind nothing.
@@ -15,13 +17,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from horizon.config.schema import MemoryConfig, Moments, Policy
+from horizon.config.schema import MasterFormat, MemoryConfig, Moments, Policy, Tier, TierRule
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
 from horizon.plan.cxl import POLICIES as CXL_POLICIES
 from horizon.plan.levels import fill_dram
-from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines
+from horizon.plan.memory import Limits, MemoryNeeds
+from horizon.plan.policies import POLICY_RULES, apply_rules, read_rules, spill, tier_bytes
 from horizon.units import GIB
 
 
@@ -39,18 +42,32 @@ class Placer:
 
     policy: Policy  # auto: the embedding, then activations and what layers keep to be run again less, then more blocks
     num_blocks: int | None = None  # in HBM; None: the policy decides
+    rules: tuple[TierRule, ...] = ()  # if there are some, they decide
+    spills: bool = False  # what host memory does not hold goes to nvme
 
     @property
     def moves(self) -> bool:
         """Whether the placement follows what activations need."""
-        return self.policy in (Policy.auto, Policy.hbm_first) and self.num_blocks is None
+        return self.policy in (Policy.auto, Policy.hbm_first) and self.num_blocks is None and not self.rules
 
     def place(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
-        """`needs` with the blocks that go to HBM when `reserve` bytes of the device are left for activations."""
-        if self.moves:
-            return replace(needs, in_hbm=choose_placement(needs, limits, reserve))
-        needs = replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks or 0))
-        return fill_dram(needs, limits) if self.policy is Policy.cxl_aware else needs
+        """`needs` with the blocks that go to HBM when `reserve` bytes of the device are left for activations.
+
+        States on other tiers of the host are placed once, and no block moves after that.
+        """
+        if self.policy is Policy.cxl_aware:  # again where gradients have grown: they come after all states
+            return fill_dram(replace(needs, in_hbm=frozenset()), limits)
+        if needs.placed:
+            return needs
+        if self.rules or self.policy in POLICY_RULES:
+            return apply_rules(self.rules, POLICY_RULES.get(self.policy, ()), needs)
+        if self.num_blocks is not None:
+            chosen = replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks))
+        elif self.moves:
+            chosen = replace(needs, in_hbm=choose_placement(needs, limits, reserve))
+        else:
+            chosen = replace(needs, in_hbm=frozenset())
+        return spill(chosen, limits) if self.spills else chosen
 
     def bases(self, needs: MemoryNeeds, limits: Limits) -> list[MemoryNeeds]:
         """What is in HBM before activations have their share: the first of these that leaves enough for them.
@@ -58,7 +75,7 @@ class Placer:
         With `auto` the embedding comes before what layers keep, for it saves a wait that nothing else does.
         """
         fewest = self.place(needs, limits, limits.device)
-        if self.policy is not Policy.auto or self.num_blocks is not None:
+        if needs.placed or self.policy is not Policy.auto or self.num_blocks is not None:
             return [fewest]
         first = first_blocks(needs.layouts, 2 if needs.layouts[-1].borrowed else 1)
         return [replace(fewest, in_hbm=fewest.in_hbm | first), fewest]
@@ -70,11 +87,12 @@ class Placer:
 
 
 def read_policy(
-    memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int, moments: Moments = Moments.float32
-) -> Placer:
+    memory: MemoryConfig, device: torch.device, can_update: bool, num_blocks: int,
+    moments: Moments = Moments.float32, master: MasterFormat = MasterFormat.split,
+) -> Placer:  # fmt: skip
     """The settings, checked. On CPU, where HBM would be the same memory, `auto` is `dram`.
 
-    It is, too, where moments are not in fp32: the device updates no others.
+    It is, too, where moments or masters are not in fp32: the device updates no others.
 
     Args:
         can_update: the device can update blocks in its memory.
@@ -84,21 +102,40 @@ def read_policy(
         ConfigError: they contradict each other or the machine.
     """
     policy, wanted = choice(Policy, memory.policy, "memory.policy"), memory.hbm_blocks
+    rules = read_rules(memory)
     if wanted is not None and not 0 <= wanted <= num_blocks:
         raise ConfigError(f"memory.hbm_blocks={wanted}: expected null, or 0 to {num_blocks}, the model's blocks")
-    if wanted and policy in (Policy.dram, *CXL_POLICIES):
-        raise ConfigError(f"memory.hbm_blocks={wanted} with memory.policy={policy}, which has none there; use auto")
-    if (wanted or policy is Policy.hbm_first) and not can_update:
+    if wanted and (rules or policy not in (Policy.auto, Policy.hbm_first)):
+        by = "memory.rules, which say it block by block" if rules else f"memory.policy={policy}, which has none there"
+        raise ConfigError(f"memory.hbm_blocks={wanted} with {by}; use memory.policy=auto alone")
+    if rules and policy is Policy.hbm_first:
+        raise ConfigError("memory.rules with memory.policy=hbm_first: rules say what is in hbm; use memory.policy=auto")
+    if rules and policy in CXL_POLICIES:
+        raise ConfigError(f"memory.rules with memory.policy={policy}: rules say what is on cxl; use memory.policy=auto")
+    by_rule = any(rule.tier is Tier.hbm for rule in rules)
+    if (wanted or by_rule or policy is Policy.hbm_first) and not can_update:
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")
-    if (wanted or policy is Policy.hbm_first) and moments is not Moments.float32:
-        setting = f"memory.hbm_blocks={wanted}" if wanted else "memory.policy=hbm_first"
-        raise ConfigError(
-            f"{setting} with optim.moments={moments}: blocks in HBM have float32 moments; use memory.policy=dram "
-            "(memory.hbm_blocks=null), or optim.moments=float32"
+    narrow = [
+        f"optim.{name}={value}"
+        for name, value, full in (("moments", moments, Moments.float32), ("master", master, MasterFormat.split))
+        if value is not full
+    ]
+    if (wanted or by_rule or policy is Policy.hbm_first) and narrow:
+        setting = (
+            f"memory.hbm_blocks={wanted}"
+            if wanted
+            else "tier=hbm in memory.rules"
+            if by_rule
+            else "memory.policy=hbm_first"
         )
-    if policy is Policy.auto and (device.type == "cpu" or not can_update or moments is not Moments.float32):
+        raise ConfigError(
+            f"{setting} with {narrow[0]}: blocks in HBM have split masters and float32 moments; use memory.policy=dram "
+            "(memory.hbm_blocks=null), or optim.moments=float32 and optim.master=split"
+        )
+    spills = policy is Policy.auto and memory.nvme_dir is not None and not rules
+    if policy is Policy.auto and (device.type == "cpu" or not can_update or narrow):
         policy = Policy.dram
-    return Placer(policy, wanted)
+    return Placer(policy, wanted, rules, spills)
 
 
 def preference(layouts: Sequence[BlockLayout]) -> list[int]:
@@ -126,10 +163,3 @@ def choose_placement(needs: MemoryNeeds, limits: Limits, reserve: int) -> frozen
     if least > best and sizes[least][1] <= limits.device:
         best = least
     return placed[best]
-
-
-def tier_bytes(needs: MemoryNeeds) -> tuple[int, int]:
-    """The fixed bytes of (host, device)."""
-    lines = fixed_lines(needs)
-    host, device = (sum(line.num_bytes for line in lines if line.tier == tier) for tier in ("host", "device"))
-    return host, device

@@ -1,7 +1,8 @@
 """Which flat states a block has, in which format, and what they weigh: the single authority for plan, store and update.
 
-Every block owns `weights` and `residual`, which together are its fp32 masters. Its trainable prefix has moments too,
-whose format `optim.moments` chooses. `horizon.optim.adamw` says what the numbers mean.
+Every block owns `weights` and `residual`, which together are its fp32 masters; with `optim.master=bf16_stochastic` the
+weights alone are. Its trainable prefix has moments too, whose format `optim.moments` chooses. `horizon.optim.adamw`
+says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, BlockLayout
 
 # Elements of int8 moments that share two scales. Parameters begin at multiples of it, so no group has two of them.
@@ -42,6 +43,7 @@ class State:
 
 
 MASTER = State("weights", torch.bfloat16, frozen=True), State("residual", torch.int16, frozen=True)
+MASTERS = {MasterFormat.split: MASTER, MasterFormat.bf16_stochastic: MASTER[:1]}
 MOMENTS = {
     Moments.float32: (State("exp_avg", torch.float32), State("exp_avg_sq", torch.float32)),
     Moments.bfloat16: (State("exp_avg", torch.bfloat16), State("exp_avg_sq", torch.bfloat16)),
@@ -52,6 +54,11 @@ MOMENTS = {
         State("exp_avg_sq_scale", torch.float32, group=GROUP),
     ),
 }
+
+
+def states_of(master: MasterFormat, moments: Moments) -> tuple[State, ...]:
+    """What a block has with these formats, gradients apart."""
+    return (*MASTERS[master], *MOMENTS[moments])
 
 
 def num_bytes(states: Iterable[State], layouts: Iterable[BlockLayout]) -> int:

@@ -1,12 +1,11 @@
-"""The bytes that a step cannot help bringing across the link: none for blocks whose states live in HBM."""
+"""The bytes that a step cannot help bringing across the link, none for blocks in HBM, and to and from the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Set
-
-import torch
+from collections.abc import Sequence, Set
 
 from horizon.layout import BlockLayout, first_trained
+from horizon.plan.disk import by_block, loaded_states, num_pages, page_spans, staged_parts
 from horizon.plan.memory import MemoryNeeds
 
 
@@ -20,11 +19,27 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     layouts = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     above = [lay for lay in layouts if lay.index >= first]
     kept = max(needs.weight_slots, 2)
-    element = 2 if needs.compute_dtype is torch.bfloat16 else 4  # fp32: both halves
+    element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
+    loads = (*layouts, *above[:-kept])
     return {
-        ("H2D", "weights"): element * sum(loaded_elements(lay, needs.in_hbm) for lay in (*layouts, *above[:-kept])),
+        **_disk_traffic(needs, loads),
+        ("H2D", "weights"): element * sum(loaded_elements(lay, needs.in_hbm) for lay in loads),
         ("D2H", "gradient"): needs.grad_dtype.itemsize * sum(lay.num_trainable for lay in layouts),
     }
+
+
+def _disk_traffic(needs: MemoryNeeds, loads: Sequence[BlockLayout]) -> dict[tuple[str, str], int]:
+    """What these loads and the update move: states on nvme are read for each load, read and written for the update."""
+    states, layouts, places = needs.states, needs.layouts, needs.on_nvme
+    updated = sum(
+        num_bytes
+        for state, block in by_block(states, layouts, places)
+        for page in range(num_pages(layouts[block]))
+        for _, num_bytes in page_spans([state], layouts[block], page).values()
+    )
+    loaded = loaded_states(states, needs.compute_dtype)
+    read = sum(staged_parts(loaded, layout, places)[1] for layout in loads)
+    return {("disk", "read"): updated + read, ("disk", "write"): updated} if places else {}
 
 
 def loaded_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:

@@ -36,13 +36,14 @@ class StepDisplay:
 
     Args:
         note: what is to be said of every step of the run.
+        done: steps that were done before.
     """
 
-    def __init__(self, num_steps: int, stream: TextIO | None = None, note: str = "") -> None:
+    def __init__(self, num_steps: int, stream: TextIO | None = None, note: str = "", done: int = 0) -> None:
         self._num_steps, self._note = num_steps, note
         self._stream = sys.stderr if stream is None else stream
         self._bar = tqdm(
-            total=num_steps, dynamic_ncols=True, file=self._stream, disable=None, bar_format=BAR_FORMAT
+            total=num_steps, initial=done, dynamic_ncols=True, file=self._stream, disable=None, bar_format=BAR_FORMAT
         )  # fmt: skip
         self._last_line = -SECONDS_BETWEEN_LINES
 

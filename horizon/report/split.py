@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from horizon.records import StepSplit, Traffic
-from horizon.stream.timeline import COMPUTE, DRAIN, FETCH, HBM_UPDATE, UPDATE, Cause, Span, StepTimeline
+from horizon.stream.timeline import COMPUTE, DISK, DRAIN, FETCH, HBM_UPDATE, UPDATE, Cause, Span, StepTimeline, union
 from horizon.units import format_bytes
 
 Least = Mapping[tuple[str, str], int]  # bytes by (direction, what)
@@ -30,6 +30,7 @@ def split_of(steps: Sequence[StepTimeline], least: Least) -> StepSplit:
         arithmetic_ms=spent_ms(Cause.arithmetic),
         link_ms=spent_ms(Cause.link),
         optimizer_ms=spent_ms(Cause.optimizer),
+        disk_ms=spent_ms(Cause.disk),
         data_ms=spent_ms(Cause.data),
         launch_ms=spent_ms(Cause.launch),
         hbm_update_ms=spent_ms(Cause.optimizer, HBM_UPDATE),
@@ -57,7 +58,7 @@ def _traffic(steps: Sequence[StepTimeline], least: Least) -> list[Traffic]:
     moved = {key: sum(span.num_bytes for span in spans) // len(steps) for key, spans in copies.items()}
     saved = moved.get((DRAIN, "boundary"), 0)  # what left for want of room has to come back, once
     needed = {**least, (DRAIN, "boundary"): saved, (FETCH, "boundary"): saved}
-    return [
+    link = [
         Traffic(
             direction=key[0],
             what=key[1],
@@ -66,6 +67,26 @@ def _traffic(steps: Sequence[StepTimeline], least: Least) -> list[Traffic]:
             busy_ms=_mean_ms(steps, (span.seconds for span in spans)),
         )
         for key, spans in copies.items()
+    ]
+    return [*link, *_disk_traffic(steps, least)]
+
+
+def _disk_traffic(steps: Sequence[StepTimeline], least: Least) -> list[Traffic]:
+    """What several threads move at a time is busy while one of them is."""
+    moves: dict[str, list[Span]] = {}
+    for step in steps:
+        for span in step.spans:
+            if span.lane.startswith(DISK):
+                moves.setdefault(span.what, []).append(span)
+    return [
+        Traffic(
+            direction=DISK,
+            what=what,
+            num_bytes=sum(span.num_bytes for span in spans) // len(steps),
+            least_bytes=least.get((DISK, what), 0),
+            busy_ms=sum(end - start for start, end in union(spans)) * 1e3 / len(steps),
+        )
+        for what, spans in moves.items()
     ]
 
 
@@ -81,12 +102,13 @@ def _lines(split: StepSplit) -> Iterable[str]:
     if split.host_paced_ms:
         yield _row("  at the host's pace", split.host_paced_ms, split, "kernels shorter than their launches")
     for cause, wait_ms in (
-        ("link", split.link_ms), ("optimizer", split.optimizer_ms), ("data", split.data_ms),
+        ("link", split.link_ms), ("optimizer", split.optimizer_ms), ("disk", split.disk_ms), ("data", split.data_ms),
     ):  # fmt: skip
         note = (
             f"{_ms(split.hbm_update_ms)} of it updating in HBM" if cause == "optimizer" and split.hbm_update_ms else ""
         )
-        yield _row(f"waiting for {cause}", wait_ms, split, note)
+        if wait_ms or cause != "disk":
+            yield _row(f"waiting for {cause}", wait_ms, split, note)
     yield _row("waiting for launches", split.launch_ms, split)
     for traffic in split.traffic:
         yield (

@@ -1,7 +1,7 @@
 """Recorded steps as a file that Perfetto and chrome://tracing open, and as a picture of one step.
 
 The lanes: compute (what it did, and what it waited for), host (what the thread that drives the device was issuing or
-waiting for), H2D and D2H (copies), and a lane for each update thread.
+waiting for), H2D and D2H (copies), and a lane for each thread that updates or moves states on nvme.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from horizon.stream.timeline import COMPUTE, DRAIN, FETCH, HOST, Cause, Span, St
 
 COLORS = {
     "forward": "#4c72b0", "head": "#8172b3", "backward": "#2f4b7c",
-    Cause.link: "#dd8452", Cause.optimizer: "#c44e52", Cause.data: "#937860", Cause.launch: "#ccb974",
-    FETCH: "#64b5cd", DRAIN: "#55a868", "update": "#8c8c8c",
+    Cause.link: "#dd8452", Cause.optimizer: "#c44e52", Cause.disk: "#da8bc3", Cause.data: "#937860",
+    Cause.launch: "#ccb974", FETCH: "#64b5cd", DRAIN: "#55a868", "update": "#8c8c8c", "read": "#b0d8e6",
+    "write": "#a8d5b0",
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def draw_step(step: StepTimeline, path: Path, title: str = "horizon") -> None:
 def _kind(span: Span) -> str:
     """What decides a bar's colour."""
     if span.cause is None:
-        return span.lane if span.lane in COLORS else "update"
+        return next((kind for kind in (span.lane, span.what) if kind in COLORS), "update")
     return span.what if span.cause is Cause.arithmetic else span.cause
 
 

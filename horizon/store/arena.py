@@ -3,6 +3,9 @@
 The order of a mapping's life is that of `horizon.store.numa`: mapped, huge pages asked for, bound to its nodes, touched
 by all cores, looked up, registered.
 
+Where CUDA refuses to register a region, all of the arena stays pageable, and the log says so: the host then waits for
+copies from and to it.
+
 Never per-tensor pinning: torch's pinned allocator rounds each request up to a power of two. A region is one
 registration, so that it can be given back alone and one copy never straddles two. Order of release matters: memory
 that is unmapped while still registered makes a later, unrelated registration fail.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,6 +42,9 @@ class Arena:
         pin: register with CUDA, so that copies to and from the device are asynchronous.
         nodes: NUMA nodes that the pages come from, in turn; none: where the kernel puts them.
 
+    Attributes:
+        pinned: they are.
+
     Raises:
         BudgetError: the operating system refuses the memory, or the nodes have no room.
         ConfigError: memory cannot be bound to these nodes.
@@ -52,6 +59,8 @@ class Arena:
         try:
             for piece in _pieces([align_up(size, REGION_ALIGN) for size in sizes]):
                 self._map(piece, purpose)
+            if pin:
+                self._register(purpose)
         except BaseException:
             self.close()
             raise
@@ -82,20 +91,31 @@ class Arena:
             numa.verify(flat.data_ptr(), num_bytes, self.nodes, purpose)
         start = 0
         for view in torch.split(flat[: sum(sizes)], sizes):
-            if self.pinned and view.numel():
-                self._register(view, purpose)
             self._views.append(view)
             self._places.append((mapping, start))
             start += view.numel()
 
-    def _register(self, view: Tensor, purpose: str) -> None:
-        status = _cudart().cudaHostRegister(view.data_ptr(), view.numel(), 1)  # 1: portable
-        if int(status) != 0:
-            raise BudgetError(
-                f"CUDA refuses to register {format_bytes(view.numel())} of host memory for {purpose} (status "
-                f"{int(status)}); raise the locked-memory limit (ulimit -l) or the container's memory limit"
-            )
-        self._registered.append(view.data_ptr())
+    def _register(self, purpose: str) -> None:
+        for view in self._views:
+            if not view.numel():
+                continue
+            status = int(_cudart().cudaHostRegister(view.data_ptr(), view.numel(), 1))  # 1: portable
+            if status != 0:
+                self._unregister()
+                self.pinned = False
+                forget_cuda_error()
+                logger.warning(
+                    "CUDA refuses to register %s of host memory for %s (status %d): all of it stays pageable, and the "
+                    "host waits for its copies; raise the locked-memory limit (ulimit -l) or that of the container",
+                    format_bytes(view.numel()), purpose, status,
+                )  # fmt: skip
+                return
+            self._registered.append(view.data_ptr())
+
+    def _unregister(self) -> None:
+        for pointer in self._registered:
+            _cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
 
     def release(self, index: int) -> None:
         """Give one region's pages back before the others go; its views must no longer be used."""
@@ -111,14 +131,19 @@ class Arena:
 
     def close(self) -> None:
         """Unregister and unmap. Idempotent; views must no longer be used."""
-        for pointer in self._registered:
-            _cudart().cudaHostUnregister(pointer)
-        self._registered.clear()
+        self._unregister()
         self.regions, self._views, self._places = [], [], []
         for mapping in self._mappings:
             # The pages go now, the address range with its last view: closing it would not ask whether one is alive.
             mapping.madvise(mmap.MADV_DONTNEED)
         self._mappings.clear()
+
+
+def forget_cuda_error() -> None:
+    """Have the next kernel not fail for a call that CUDA has refused: the error waits for whoever asks next."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)
 
 
 def _cudart() -> Any:

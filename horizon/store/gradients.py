@@ -65,7 +65,9 @@ class KeptGradients:
         nodes: Nodes = anywhere,
     ):
         self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
-        self._buffers = TieredState([lay.num_trainable for lay in layouts], dtype, GRADS, pin, device, in_hbm, nodes)
+        self._buffers = TieredState(
+            [lay.num_trainable for lay in layouts], dtype, GRADS, pin, device, in_hbm, nodes=nodes
+        )
 
     def claim(self, block: int) -> Tensor:
         return self._buffers.blocks[block]
@@ -122,7 +124,7 @@ class RingGradients:
         numels, in_hbm = [on_host] * num + [on_device] * num, set(range(num, 2 * num))
         away = next((b for b in range(len(self._sizes)) if b not in self.in_hbm), 0)  # all its blocks are on one tier
         nodes = self._nodes(GRADS, away)
-        self._buffers = TieredState(numels, self.dtype, GRADS, self._pin, self._device, in_hbm, lambda *_: nodes)
+        self._buffers = TieredState(numels, self.dtype, GRADS, self._pin, self._device, in_hbm, nodes=lambda *_: nodes)
         self._free = {False: self._buffers.blocks[:num], True: self._buffers.blocks[num:]}  # by: on the device
 
     def claim(self, block: int) -> Tensor:

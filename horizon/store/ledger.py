@@ -2,7 +2,7 @@
 
 The optimizer publishes, whoever loads a block waits. It is also where a run's first failure is kept: every
 waiter is woken by it and raises it, so a broken thread stops the run instead of hanging it.
-Invariant: versions only grow, and the first recorded failure is the one everybody sees.
+Invariant: versions only grow, until all are set anew, and the first recorded failure is the one everybody sees.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Ledger:
                 )
             self._versions[block] = version
             self._changed.notify_all()
+
+    def reset(self, version: int) -> None:
+        """The weights of all blocks were exchanged for others, which have seen `version` steps; nobody may wait."""
+        with self._changed:
+            self._versions = [version] * len(self._versions)
 
     def wait(self, block: int, version: int) -> None:
         """Return once `block` has reached `version`; raise the recorded failure, at once, if there is one."""

@@ -1,5 +1,7 @@
 """One kind of state, a flat tensor per block, on the tier that the placement names: host memory, or the device's.
 
+Of a block that has the state on nvme there is an empty tensor here: `horizon.store.nvme` holds it.
+
 On CPU the `hbm` tier is ordinary memory, so that what moves blocks and updates them there runs without a GPU, too.
 """
 
@@ -32,6 +34,7 @@ class TieredState:
         pin: register what lies on the host with CUDA.
         device: whose memory the hbm tier is.
         in_hbm: blocks that lie there.
+        on_nvme: blocks that have nothing here, and stay where they are.
         nodes: NUMA nodes of each other block.
 
     Attributes:
@@ -44,8 +47,9 @@ class TieredState:
 
     def __init__(
         self, numels: Sequence[int], dtype: torch.dtype, purpose: str, pin: bool, device: torch.device,
-        in_hbm: Set[int], nodes: Nodes = anywhere,
+        in_hbm: Set[int], on_nvme: Set[int] = NOWHERE, nodes: Nodes = anywhere,
     ):  # fmt: skip
+        numels = [0 if block in on_nvme else num for block, num in enumerate(numels)]
         self._numels, self._dtype, self._purpose, self._pin, self._device = numels, dtype, purpose, pin, device
         self._nodes = nodes
         self._arenas: list[Arena] = []
@@ -75,6 +79,11 @@ class TieredState:
     def num_bytes(self) -> int:
         """Host bytes held."""
         return sum(arena.num_bytes for arena in self._arenas)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether copies between what lies on the host and the device are asynchronous."""
+        return all(arena.pinned for arena in self._arenas)
 
     def keep_in_hbm(self, in_hbm: Set[int]) -> None:
         """Have exactly these blocks on the device: bits are copied, memory that they leave is given back."""

@@ -73,13 +73,15 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, which `known` then knows; None where `time` fails.
+        """A step of these micro-batches, which `known` then knows; None where `time` fails or states are on nvme.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
+        if needs.on_nvme:  # the lanes have no disk
+            return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None
         self._predictions[_key(needs, shapes)] = self.estimate(needs, planned, shapes, as_landed)

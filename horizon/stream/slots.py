@@ -10,7 +10,8 @@ the bytes have landed and compute waits for it; `released` is recorded on the co
 that reads them and fetch waits for it before overwriting.
 
 A block whose states are in HBM is computed with where it is, without a load, when blocks compute in bf16. In fp32 its
-halves are joined in a slot, as if they came from the host.
+halves are joined in a slot, as if they came from the host. What is on nvme comes from the buffers of
+`horizon.store.loads`, which are told the walk ahead of the slots.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from horizon.layout import BlockLayout
 from horizon.models.blocks import block_parameters
+from horizon.plan.disk import load_parts
 from horizon.plan.memory import slot_elements
 from horizon.store.host import HostStore
 from horizon.store.split import join_master
@@ -55,13 +57,13 @@ class Slot:
 
     index: int
     flat: Tensor  # [largest block's slot elements], the dtype blocks compute in
-    halves: tuple[Tensor, Tensor] | None  # staging for both halves of the master when computing in fp32
+    halves: tuple[Tensor, ...] | None  # staging for what the master consists of when computing in fp32
     state: SlotState = SlotState.EMPTY
     block: int | None = None
     version: int = -1
     loaded: Any = None
     released: Any = None
-    late: bool = False  # the load had to wait for the block's update
+    late: Cause = Cause.link  # what the load had to wait for, other than the bytes before it
     params: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # views, made once per block
 
     def to(self, state: SlotState) -> None:
@@ -81,7 +83,7 @@ class WeightSlots:
     Args:
         num_slots: 1 serialises copies and kernels; each further slot loads one block further ahead and costs the
             largest block's bytes on the device.
-        dtype: bfloat16 loads the high halves; float32 loads both halves and joins them.
+        dtype: bfloat16 loads the weights; float32 also loads their residual, if there is one, and joins them.
     """
 
     def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
@@ -92,7 +94,7 @@ class WeightSlots:
         self._next = 0  # visit to acquire next
         self._ahead = 0  # first visit not loaded yet
         self._current: Slot | None = None
-        self._late: set[int] = set()  # blocks that were still being updated when a slot was free for them
+        self._late: dict[int, Cause] = {}  # blocks that were not there yet when a slot was free for them, and why
 
     def make(self) -> None:
         """Slots for the blocks as they are placed now."""
@@ -109,8 +111,10 @@ class WeightSlots:
         flat = self._streams.empty(size, dtype=self._dtype)
         if self._dtype is torch.bfloat16:
             return Slot(index, flat, None)
-        halves = self._streams.empty(size, dtype=torch.bfloat16), self._streams.empty(size, dtype=torch.int16)
-        return Slot(index, flat, halves)
+        high = self._streams.empty(size, dtype=torch.bfloat16)
+        if not self._store.residual:
+            return Slot(index, flat, (high,))
+        return Slot(index, flat, (high, self._streams.empty(size, dtype=torch.int16)))
 
     def begin(self, visits: list[int], version: int) -> None:
         """Start a walk over `visits` (block numbers) that needs the blocks' weights at `version`."""
@@ -119,6 +123,8 @@ class WeightSlots:
         self._visits, self._version = visits, version
         self._next = self._ahead = 0
         self._late.clear()
+        if self._store.loads is not None:
+            self._store.loads.begin(visits, version, self._held(visits))
         self.prefetch()
 
     def reset(self) -> None:
@@ -128,6 +134,8 @@ class WeightSlots:
         for slot in self._in_place.values():
             slot.state = SlotState.READY
         self._visits, self._current = [], None
+        if self._store.loads is not None:
+            self._store.loads.stop()
 
     def prefetch(self, wait: bool = False) -> None:
         """Issue loads for coming visits while a slot is free and the weights are up to date.
@@ -138,10 +146,12 @@ class WeightSlots:
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
             if block not in self._in_place and self._holding(block) is None:
-                slot = self._victim()
-                if slot is None or not self._up_to_date(block, wait and self._ahead == self._next):
+                slot, must = self._victim(), wait and self._ahead == self._next
+                if slot is None or not self._up_to_date(block, must) or not self._staged(block, must):
                     return
                 self._load(slot, block)
+            if self._store.loads is not None:
+                self._store.loads.done(self._ahead)
             self._ahead += 1
 
     def acquire(self) -> tuple[int, dict[str, Tensor]]:
@@ -156,7 +166,7 @@ class WeightSlots:
             slot = self._holding(block)
             if slot is None:
                 raise RuntimeError(f"block {block} was not loaded although it is the next visit")
-            with self._streams.waiting(Cause.optimizer if slot.late else Cause.link, "weights", block):
+            with self._streams.waiting(slot.late, "weights", block):
                 self._streams.compute.wait_event(slot.loaded)
         self._streams.timeline.enter(Cause.arithmetic, self._pass(), block)
         slot.to(SlotState.IN_USE)
@@ -205,10 +215,34 @@ class WeightSlots:
         sources = _sources(self._store.layouts[block])
         if all(self._store.ledger.version(source) >= self._version for source in sources):
             return True
-        self._late.add(block)
+        self._late[block] = Cause.optimizer
         if wait:
             self._wait_for_update(block)
         return wait
+
+    def _staged(self, block: int, wait: bool) -> bool:
+        """Whether what a load of the next visit needs in pinned memory is there."""
+        loads = self._store.loads
+        if loads is None or block not in loads.blocks or loads.is_ready(self._ahead):
+            return True
+        sources, on_nvme = _sources(self._store.layouts[block]), self._store.on_nvme
+        from_disk = any(("weights", b) in on_nvme or ("residual", b) in on_nvme for b in sources)
+        cause = self._late[block] = Cause.disk if from_disk else Cause.link  # else the host is copying it
+        if wait:
+            with self._streams.waiting(cause, "weights", block):
+                loads.wait(self._ahead)
+        return wait
+
+    def _held(self, visits: Sequence[int]) -> set[int]:
+        """Visits that will find their block in a slot: no more others were between than there are slots beside it."""
+        through_slots = [(i, b) for i, b in enumerate(visits) if b not in self._in_place]
+        held, last = set(), dict[int, int]()
+        for position, (visit, block) in enumerate(through_slots):
+            between = {b for _, b in through_slots[last.get(block, position) + 1 : position]}
+            if block in last and len(between) < self._num_slots:
+                held.add(visit)
+            last[block] = position
+        return held
 
     def _wait_for_update(self, block: int) -> None:
         with self._streams.waiting(Cause.optimizer, "update", block):
@@ -222,28 +256,32 @@ class WeightSlots:
             fetch.wait_event(slot.released)
         if not self._store.in_hbm.isdisjoint(_sources(self._store.layouts[block])):
             fetch.wait_event(self._streams.compute.record_event())  # their updates are kernels there
-        slot.block, slot.version, slot.late = block, self._version, block in self._late
-        self._late.discard(block)
+        slot.block, slot.version, slot.late = block, self._version, self._late.pop(block, Cause.link)
         size = self._store.layouts[block].num_slot_elements
         with self._streams.moving(fetch, "weights", block):
             if slot.halves is None:
-                self._copy_block(self._store.weights, block, slot.flat)
+                self._copy_block("weights", block, slot.flat)
             else:
-                high, low = slot.halves
-                self._copy_block(self._store.weights, block, high)
-                self._copy_block(self._store.residual, block, low)
+                for name, half in zip(("weights", "residual"), slot.halves, strict=False):
+                    self._copy_block(name, block, half)
                 with self._streams.running(fetch):
-                    join_master(high[:size], low[:size], out=slot.flat[:size])
+                    _join([half[:size] for half in slot.halves], slot.flat[:size])
         slot.loaded = fetch.record_event()
+        if self._store.loads is not None:
+            self._store.loads.done(self._ahead, slot.loaded)
         slot.to(SlotState.READY)
         if block not in slot.params:
             slot.params[block] = block_parameters(self._store.layouts[block], slot.flat)
 
-    def _copy_block(self, state: Sequence[Tensor], block: int, target: Tensor) -> None:
-        layout = self._store.layouts[block]
-        self._bring(state[block], block, target[: layout.num_elements])
-        for b in layout.borrowed:
-            self._bring(state[b.owner][b.param.offset : b.param.end], b.owner, target[b.offset : b.end])
+    def _copy_block(self, name: str, block: int, target: Tensor) -> None:
+        state, loads = self._store.weights if name == "weights" else self._store.residual, self._store.loads
+        for part in load_parts(self._store.layouts[block]):
+            source = None
+            if loads is not None and block in loads.blocks:
+                source = loads.source(self._ahead, name, part)
+            if source is None:
+                source = state[part.owner][part.start : part.stop]
+            self._bring(source, part.owner, target[part.target : part.target + part.stop - part.start])
 
     def _bring(self, source: Tensor, owner: int, target: Tensor) -> None:
         """Copy across the link or, from a block in HBM, within the device."""
@@ -252,6 +290,14 @@ class WeightSlots:
             return
         with self._streams.running(self._streams.fetch):
             target.copy_(source, non_blocking=True)
+
+
+def _join(halves: Sequence[Tensor], values: Tensor) -> None:
+    """Fill `values` (float32) from both halves of a split master, or from bf16 weights that are the master."""
+    if len(halves) == 1:
+        values.copy_(halves[0])
+    else:
+        join_master(halves[0], halves[1], out=values)
 
 
 def _sources(layout: BlockLayout) -> set[int]:

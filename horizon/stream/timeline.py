@@ -25,6 +25,7 @@ import torch
 from horizon.errors import HorizonError
 
 COMPUTE, HOST, FETCH, DRAIN, UPDATE = "compute", "host", "H2D", "D2H", "update"  # lanes; "update 0", "update 1", ...
+DISK = "disk"  # lanes "disk 0", "disk 1", ...: one for each thread that moves states on nvme
 HBM_UPDATE = "HBM update"  # also the name of an update that compute itself does
 PACED = 100e-6  # seconds of work queued, below which the device would soon have run dry
 HOST_RESOLUTION = 20e-6  # seconds; shorter stretches of the host's lane belong to the one before
@@ -36,6 +37,7 @@ class Cause(StrEnum):
     arithmetic = "arithmetic"  # kernels of a block
     link = "link"  # bytes were on their way between host and device
     optimizer = "optimizer"  # an update was not done, or still held a host buffer
+    disk = "disk"  # bytes were on their way between disk and host
     data = "data"  # the caller: its rows, and their way to the device
     launch = "launch"  # nothing was queued, the host was still issuing
 
@@ -168,7 +170,7 @@ class _Step:
 class _Record:
     compute: Any
     steps: list[_Step] = field(default_factory=list)
-    updates: list[Span] = field(default_factory=list)  # appended to by the update threads; the host's scale
+    updates: list[Span] = field(default_factory=list)  # by the threads of update and disk; the host's scale
     moving: dict[str, _Transfer] = field(default_factory=dict)  # open transfers by lane
     activity: Activity = Activity(Cause.data, "between steps")
 
@@ -176,7 +178,7 @@ class _Record:
 class Timeline:
     """Records steps between `start` and `stop`; at other times every call returns at once and leaves nothing.
 
-    All methods but `update` and `beside` belong to the thread that drives the device.
+    All methods but `update`, `disk` and `beside` belong to the thread that drives the device.
     """
 
     def __init__(self, clock: Clock | None = None):
@@ -230,7 +232,13 @@ class Timeline:
         """
         if self._record is None:
             return nullcontext()
-        return self._updating(self._record, block, num_bytes)
+        return self._beside(self._record, "update", block, num_bytes)
+
+    def disk(self, what: str, block: int, num_bytes: int) -> AbstractContextManager[None]:
+        """The calling thread reads or writes states of `block` on nvme; may be called by any thread."""
+        if self._record is None:
+            return nullcontext()
+        return self._beside(self._record, what, block, num_bytes)
 
     def end_step(self) -> None:
         """A step is over and compute is idle; from here on the time is the caller's."""
@@ -289,11 +297,11 @@ class Timeline:
                 record.steps[-1].transfers.append(record.moving.pop(transfer.lane))
 
     @contextmanager
-    def _updating(self, record: _Record, block: int, num_bytes: int) -> Iterator[None]:
+    def _beside(self, record: _Record, what: str, block: int, num_bytes: int) -> Iterator[None]:
         start = self._clock.now()
         yield
-        lane = threading.current_thread().name.removeprefix("horizon-").replace("-", " ")
-        record.updates.append(Span(lane, "update", block, start, self._clock.now(), None, num_bytes))
+        lane = threading.current_thread().name.removeprefix("horizon-").replace("-", " ").replace("_", " ")
+        record.updates.append(Span(lane, what, block, start, self._clock.now(), None, num_bytes))
 
 
 def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
@@ -303,8 +311,9 @@ def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
     for step, following in pairwise(record.steps):
         reached = _increasing([clock.seconds(step.anchor, m.point) for m in step.marks], step.start, following.start)
         issued = _increasing([m.host for m in step.marks], step.start, following.start)
+        compute = _stretches(COMPUTE, step.marks, reached, clock.resolution, None if clock.synchronous else issued)
         spans = [
-            *_stretches(COMPUTE, step.marks, reached, clock.resolution, None if clock.synchronous else issued),
+            *_blame_disk(compute, updates),
             *_stretches(HOST, step.marks, issued, max(clock.resolution, HOST_RESOLUTION), None),
             *(_moved_bytes(transfer, step.anchor, clock) for transfer in step.transfers),
             *(span for span in updates if step.start <= span.start < following.start),
@@ -312,6 +321,34 @@ def _resolve(record: _Record, clock: Clock) -> list[StepTimeline]:
         moved = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in spans)
         steps.append(StepTimeline(step.start - origin, following.start - origin, moved))
     return steps
+
+
+def _blame_disk(compute: Sequence[Span], beside: Sequence[Span]) -> Iterator[Span]:
+    """Waits for the optimizer, cut: where none of its threads worked and the disk did, the disk was waited for."""
+    updating = union([span for span in beside if span.lane.startswith(UPDATE)])
+    moving = union([span for span in beside if span.lane.startswith(DISK)])
+    for span in compute:
+        if span.cause is not Cause.optimizer or span.what == HBM_UPDATE or not moving:
+            yield span
+            continue
+        edges = sorted(
+            {span.start, span.end, *(e for u in (*updating, *moving) for e in u if span.start < e < span.end)}
+        )
+        for start, end in pairwise(edges):
+            middle = (start + end) / 2
+            by_disk = any(a <= middle < b for a, b in moving) and not any(a <= middle < b for a, b in updating)
+            yield replace(span, start=start, end=end, cause=Cause.disk if by_disk else Cause.optimizer)
+
+
+def union(spans: Sequence[Span]) -> list[tuple[float, float]]:
+    """The times in which at least one of the spans, ordered by their start, is open."""
+    found: list[tuple[float, float]] = []
+    for span in spans:
+        if found and span.start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], span.end)
+        else:
+            found.append((span.start, span.end))
+    return found
 
 
 def _moved_bytes(transfer: _Transfer, anchor: Any, clock: Clock) -> Span:

@@ -159,7 +159,7 @@ class ForwardExecutor:
             for block in range(len(layouts))
         ]
         self._perturb.begin(works)
-        self._slots.prefetch()
+        self._slots.begin()
         for layout in layouts:
             pieces = [(self._slots.acquire(block), start) for block, start in pieces_of(layout, layouts)]
             for query in range(num_queries):

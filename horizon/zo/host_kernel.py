@@ -20,14 +20,16 @@ from horizon.zo.table import FIRST_UPDATE, TERM, UPDATE
 
 _U32, _F32 = np.uint32, np.float32
 _M1, _M2, _M3 = _U32(noise.MIX_1), _U32(noise.MIX_2), _U32(noise.MIX_3)
-_ONE_BITS, _SIGN, _SWAP = _U32(noise.ONE_BITS), _U32(noise.SIGN_BIT), _U32(noise.SWAP_BIT)
+_ONE_BITS, _ODD_ONE_BITS = _U32(noise.ONE_BITS), _U32(noise.ODD_ONE_BITS)
+_SIGN, _SWAP, _GUESS = _U32(noise.SIGN_BIT), _U32(noise.SWAP_BIT), _U32(noise.ROOT_GUESS)
+_R1, _R2, _R3, _R4 = _F32(noise.ROOT_1), _F32(noise.ROOT_2), _F32(noise.ROOT_3), _F32(noise.ROOT_4)
 _MANTISSA, _ROOT_HALF = _U32(noise.MANTISSA), _U32(noise.ROOT_HALF_BITS)
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (_F32(c) for c in noise.LOG)
 _LOG_2 = _F32(noise.LOG_2)
 _S0, _S1, _S2, _S3 = (_F32(c) for c in noise.SIN)
 _C0, _C1, _C2, _C3 = (_F32(c) for c in noise.COS)
 _ONE, _TWO, _MIDDLE = _F32(1), _F32(2), _F32(1.5)
-_9, _15, _16, _23 = _U32(9), _U32(15), _U32(16), _U32(23)
+_1, _9, _15, _16, _23 = _U32(1), _U32(9), _U32(15), _U32(16), _U32(23)
 _BELOW = _F32(64)  # added to an exponent's bits so that they are not negative, and taken off as a float
 _SHIFT = _U32((64 << 23) - noise.ROOT_HALF_BITS & 0xFFFFFFFF)
 
@@ -49,12 +51,15 @@ def _normals(pair, k0, k1):
     b = _U32(b ^ (b >> _15) ^ k0)
     b = _U32(b * _M1)
     b = _U32(b ^ (b >> _16))
-    u = _TWO - _as_f32(_U32((a >> _9) | _ONE_BITS))
+    u = _TWO - _as_f32(_U32((a >> _9) | _ODD_ONE_BITS))
     shifted = _U32(_as_u32(u) + _SHIFT)
     exponent = _F32(np.int32(shifted >> _23)) - _BELOW
     f = _as_f32(_U32((shifted & _MANTISSA) + _ROOT_HALF)) - _ONE
     log = _fma(_fma(_fma(_fma(_fma(_fma(_L6, f, _L5), f, _L4), f, _L3), f, _L2), f, _L1), f, _L0)
-    radius = np.sqrt(_fma(exponent, _LOG_2, f * log))
+    x = _fma(exponent, _LOG_2, f * log)
+    y = _as_f32(_U32(_GUESS - (_as_u32(x) >> _1)))
+    y = y * _fma(x * _R1, y * y, _R2)
+    radius = x * (y * _fma(x * _R3, y * y, _R4))
     w = _as_f32(_U32((b & _MANTISSA) | _ONE_BITS)) - _MIDDLE
     square = w * w
     across = w * _fma(_fma(_fma(_S3, square, _S2), square, _S1), square, _S0)

@@ -7,8 +7,8 @@ of a group's first half and of its second half are a pair, so that both are read
     group g   | a a a ... a  b b b ... b |      pair g * 1024 + j = elements (g * 2048 + j, g * 2048 + 1024 + j)
 
 Every kernel computes the same bits: integers wrap at 32 bits; floats are fp32 with fused multiply-adds exactly where
-this file has them, a correctly rounded square root, and logarithm, sine and cosine as the polynomials below (absolute
-error of a normal below 1e-5, and none beyond 5.65, where one in 62 million would be). This file says what is
+this file has them, and logarithm, root, sine and cosine are the polynomials and steps below (absolute error of a normal
+below 1e-5, and none beyond 5.65, where one in 62 million would be). This file says what is
 computed, in numpy; `horizon.zo.host_kernel` and `horizon.zo.triton_kernel` compute it.
 
 Method: counter-based generation after Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405), with a mixer that
@@ -37,9 +37,13 @@ MIX_1, MIX_2, MIX_3 = 0x7FEB352D, 0x846CA68B, 0x9E3779B1
 LOG = (-2.000001907348633, 1.0000228881835938, -0.6662935018539429, 0.4981657862663269, -0.40983518958091736,
        0.373615026473999, -0.2386210858821869)  # fmt: skip
 LOG_2 = -1.3862943649291992  # -2 ln 2
+# 1/sqrt(x) from the bits of x by a guess and two Newton steps, the first one with Kadlec's constants: to 7e-7 of itself
+# (http://rrrola.wz.cz/inv_sqrt.html). A root that is correctly rounded takes a GPU a branch and twice the time.
+ROOT_GUESS, ROOT_1, ROOT_2, ROOT_3, ROOT_4 = 0x5F1FFFF9, -0.7039522528648376, 1.6819140911102295, -0.5, 1.5
 SIN = 1.5707963705062866, -0.6459634900093079, 0.07968021929264069, -0.004602163098752499
 COS = 1.0, -1.2336970567703247, 0.2535986006259918, -0.020408255979418755
 ONE_BITS, SIGN_BIT, SWAP_BIT, MANTISSA = 0x3F800000, 0x80000000, 0x40000000, 0x7FFFFF
+ODD_ONE_BITS = ONE_BITS | 1
 ROOT_HALF_BITS = 0x3F3504F3  # sqrt(1/2): the logarithm's argument is brought to [sqrt(1/2), sqrt(2))
 
 
@@ -88,11 +92,11 @@ def words(key: Key, pairs: Array) -> tuple[Array, Array]:
 def normals(key: Key, pairs: Array) -> tuple[Array, Array]:
     """Two standard normals, fp32, of each pair number: radius sqrt(-2 ln u), angle uniform."""
     a, b = words(key, pairs)
-    u = _F32(2) - ((a >> _U32(9)) | _U32(ONE_BITS)).view(_F32)  # (0, 1], multiples of 2^-23
+    u = _F32(2) - ((a >> _U32(9)) | _U32(ODD_ONE_BITS)).view(_F32)  # odd multiples of 2^-23 in (0, 1)
     shifted = u.view(np.int32) - np.int32(ROOT_HALF_BITS)
     exponent = (shifted >> np.int32(23)).astype(_F32)
     f = ((shifted & np.int32(MANTISSA)) + np.int32(ROOT_HALF_BITS)).view(_F32) - _F32(1)
-    radius = np.sqrt(fma(exponent, _F32(LOG_2), f * _polynomial(LOG, f)))
+    radius = _root(fma(exponent, _F32(LOG_2), f * _polynomial(LOG, f)))
     # An eighth of the circle either side of an axis; two more bits choose the axis and its direction.
     w = ((b & _U32(MANTISSA)) | _U32(ONE_BITS)).view(_F32) - _F32(1.5)
     square = w * w
@@ -100,6 +104,14 @@ def normals(key: Key, pairs: Array) -> tuple[Array, Array]:
     along = (_polynomial(COS, square).view(_U32) ^ (b & _U32(SIGN_BIT))).view(_F32)
     swapped = (b & _U32(SWAP_BIT)) != 0
     return radius * np.where(swapped, across, along), radius * np.where(swapped, along, across)
+
+
+def _root(x: Array) -> Array:
+    """The square root of x > 0."""
+    y = (_U32(ROOT_GUESS) - (x.view(_U32) >> _U32(1))).view(_F32)
+    y = y * fma(x * _F32(ROOT_1), y * y, _F32(ROOT_2))
+    y = y * fma(x * _F32(ROOT_3), y * y, _F32(ROOT_4))
+    return x * y
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:

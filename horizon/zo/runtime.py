@@ -187,6 +187,9 @@ class ZerothOrderRuntime:
             )
         return f"the loss is {loss}; block {self.model.layouts[block].name!r} is the first whose output is not finite"
 
+    def abandon_saves(self) -> None:
+        """Nothing is being saved: the log is written as steps are taken."""
+
     def wait_for_updates(self) -> None:
         """Return once the host's weights have seen every step."""
         if min(self.store.versions) < self.version:
@@ -322,6 +325,7 @@ def _refuse_what_has_no_use(memory: MemoryConfig) -> None:
     for key, value, default in (
         ("recompute", memory.recompute, Recompute.auto),
         ("hbm_blocks", memory.hbm_blocks, None),
+        ("nvme_dir", memory.nvme_dir, None),
         ("update_threads", memory.update_threads, None),
         ("cxl_nodes", memory.cxl_nodes, "auto"),
         ("cxl_budget", memory.cxl_budget, "auto"),

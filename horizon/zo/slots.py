@@ -84,6 +84,9 @@ def kept_blocks(layouts: Sequence[BlockLayout]) -> frozenset[int]:
 class MasterSlots:
     """Loads the streamed blocks in their order, again and again, as far ahead as slots are free.
 
+    Behind the last block of a walk come the first ones of the next, into all slots but one: what the caller brings to
+    the device before that walk must not queue behind so many that the link then waits for compute to free a slot.
+
     Args:
         num_slots: 1 serialises everything; 3 have a block on its way up, one in use and one on its way down.
         make: gives the flat tensors of a slot of so many elements.
@@ -99,13 +102,18 @@ class MasterSlots:
         self._slots = [Slot(i, make(size)) for i in range(min(num_slots, len(self._streamed)))]
         self._kept = {b: Slot(num_slots + i, make(layouts[b].num_elements)) for i, b in enumerate(sorted(kept))}
         self._queue: deque[Slot] = deque()  # loaded, in the order of the walk
-        self._ahead = 0  # which of the streamed blocks is loaded next
+        self._ahead = 0  # loads since the walk began, those issued before it included
         self._writing: tuple[Slot, int] | None = None
 
     def version(self, block: int) -> int:
         """Steps that the block has seen, where its newest bits are."""
         kept = self._kept.get(block)
         return self._masters.versions[block] if kept is None or kept.version == UNKNOWN else kept.version
+
+    def begin(self) -> None:
+        """A walk begins."""
+        self._ahead = max(0, self._ahead - len(self._streamed))
+        self._prefetch(len(self._streamed))
 
     def acquire(self, block: int) -> Slot:
         """The slot with the block's master, readable and writable by compute until `release`."""
@@ -132,21 +140,13 @@ class MasterSlots:
         if not is_kept:
             slot.free = done
             slot.to(SlotState.FREE)
-            self.prefetch()
+            self._prefetch(len(self._streamed) + len(self._slots) - 1)
 
     def states(self, slot: Slot) -> tuple[Tensor, ...]:
         """The block's flat tensors in its slot."""
         assert slot.block is not None
         size = self._masters.layouts[slot.block].num_elements
         return tuple(flat[:size] for flat in slot.flat)
-
-    def prefetch(self) -> None:
-        """Issue loads while a slot is free; behind the last block of a walk come the first ones of the next."""
-        for slot in self._slots:
-            if slot.state is SlotState.FREE:
-                self._load(slot, self._streamed[self._ahead])
-                self._queue.append(slot)
-                self._ahead = (self._ahead + 1) % len(self._streamed)
 
     def reset(self) -> None:
         """After a failure, all device work done: forget what is loaded; what was on its way to the host gets there."""
@@ -158,10 +158,15 @@ class MasterSlots:
         self._queue.clear()
         self._ahead = 0
 
+    def _prefetch(self, limit: int) -> None:
+        """Issue loads, up to so many since the walk began, while a slot is free."""
+        for slot in self._slots:
+            if slot.state is SlotState.FREE and self._ahead < limit:
+                self._load(slot, self._streamed[self._ahead % len(self._streamed)])
+                self._queue.append(slot)
+                self._ahead += 1
+
     def _next_slot(self, block: int) -> Slot:
-        if not self._queue:
-            self._ahead = self._streamed.index(block)
-            self.prefetch()
         slot = self._queue.popleft()
         if slot.block != block:
             raise RuntimeError(f"block {slot.block} was loaded where block {block} is the next visit")

@@ -1,7 +1,7 @@
 """The noise of `horizon.zo.noise` and the update of `horizon.zo.perturb` as one Triton kernel over a block's states.
 
 It reads each weight once and writes it at most three times. Bits are those of the host's kernel: fused multiply-adds
-only where they are spelled out (`enable_fp_fusion=False`), a square root that is correctly rounded.
+only where they are spelled out (`enable_fp_fusion=False`), and no function of a library's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from horizon.zo import table as words_of
 
 HALF = tl.constexpr(noise.HALF)
 M1, M2, M3 = tl.constexpr(noise.MIX_1), tl.constexpr(noise.MIX_2), tl.constexpr(noise.MIX_3)
-ONE_BITS, SIGN, SWAP = tl.constexpr(noise.ONE_BITS), tl.constexpr(noise.SIGN_BIT), tl.constexpr(noise.SWAP_BIT)
+ONE_BITS, ODD_ONE_BITS = tl.constexpr(noise.ONE_BITS), tl.constexpr(noise.ODD_ONE_BITS)
+SIGN, SWAP, GUESS = tl.constexpr(noise.SIGN_BIT), tl.constexpr(noise.SWAP_BIT), tl.constexpr(noise.ROOT_GUESS)
+R1, R2, R3, R4 = (tl.constexpr(c) for c in (noise.ROOT_1, noise.ROOT_2, noise.ROOT_3, noise.ROOT_4))
 MANTISSA, ROOT_HALF = tl.constexpr(noise.MANTISSA), tl.constexpr(noise.ROOT_HALF_BITS)
 L0, L1, L2, L3, L4, L5, L6 = (tl.constexpr(c) for c in noise.LOG)
 LOG_2 = tl.constexpr(noise.LOG_2)
@@ -47,7 +49,7 @@ def _normals(pair, k0, k1):  # type: ignore[no-untyped-def]
     b = b ^ (b >> 15) ^ k0
     b = b * M1
     b = b ^ (b >> 16)
-    u = 2.0 - ((a >> 9) | ONE_BITS).to(tl.float32, bitcast=True)
+    u = 2.0 - ((a >> 9) | ODD_ONE_BITS).to(tl.float32, bitcast=True)
     shifted = u.to(tl.int32, bitcast=True) - ROOT_HALF
     exponent = (shifted >> 23).to(tl.float32)
     f = ((shifted & MANTISSA) + ROOT_HALF).to(tl.float32, bitcast=True) - 1.0
@@ -57,7 +59,10 @@ def _normals(pair, k0, k1):  # type: ignore[no-untyped-def]
     log = tl.fma(log, f, L2)
     log = tl.fma(log, f, L1)
     log = tl.fma(log, f, L0)
-    radius = tl.sqrt_rn(tl.fma(exponent, LOG_2, f * log))
+    x = tl.fma(exponent, LOG_2, f * log)
+    y = (-(x.to(tl.int32, bitcast=True) >> 1) + GUESS).to(tl.float32, bitcast=True)
+    y = y * tl.fma(x * R1, y * y, R2)
+    radius = x * (y * tl.fma(x * R3, y * y, R4))
     w = ((b & MANTISSA) | ONE_BITS).to(tl.float32, bitcast=True) - 1.5
     square = w * w
     across = tl.fma(square, S3, S2)

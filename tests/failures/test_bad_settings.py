@@ -130,7 +130,7 @@ def test_a_batch_too_large_for_the_device_budget_says_what_would_fit_and_a_small
 
 
 def test_gradients_to_add_up_that_do_not_fit_leave_the_engine_as_it_was(build, fails, tools, monkeypatch):
-    monkeypatch.setattr("horizon.runtime.process_bytes", lambda: 500 << 20)  # the same for both engines
+    monkeypatch.setattr("horizon.runtime.host_overhead", lambda device: 500 << 20)  # the same for both engines
     deep = {**tools.LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
     with build(deep, max_grad_norm=None) as engine:
         expected = engine.step(tools.make_batch(0)).loss

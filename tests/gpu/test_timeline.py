@@ -74,7 +74,7 @@ def test_every_moment_of_compute_has_a_cause_and_copies_run_beside_it(slow_layer
         assert [s.block for s in works(step) if s.what == "forward"][:5] == [0, 1, 2, 3, 4]
         assert overlap(step.lane("H2D"), works(step)) > 0.5 * sum(s.seconds for s in step.lane("H2D")[1:])
         assert overlap(step.lane("D2H"), works(step)) > 0
-    parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.data_ms, split.launch_ms
+    parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.disk_ms, split.data_ms, split.launch_ms
     assert sum(parts) == pytest.approx(split.step_ms)
     assert split.arithmetic_ms == max(parts)
     assert split.update_bytes > 0 and split.update_ms > 0

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import horizon.optim.updater as updater_module
+from horizon.config.schema import Moments
 from horizon.errors import ConfigError, NonFiniteError
 from horizon.optim.adamw import AdamW, step_scalars, update_torch
 from horizon.optim.kernel import compile_kernel, update_numba
-from horizon.optim.states import UpdateStates
+from horizon.optim.states import UpdateStates, update_order
 from horizon.store.split import join_master, split_master
 
 # where torch fuses multiply-adds is up to its build; ours stand where its AVX-512 build has them
@@ -172,8 +173,10 @@ def test_states_of_a_wrong_kind_or_length_are_named():
         kinds = dict(weights="u2", residual="u2", exp_avg="f4", exp_avg_sq="f4", grads="u2")
         return UpdateStates(**{name: np.zeros(64, kind) for name, kind in kinds.items()} | changed)
 
-    states().check(64)
-    states(grads=np.zeros(64, np.float32)).check(64)
+    order = update_order(Moments.float32)
+    states().check(64, order)
+    states(grads=np.zeros(64, np.float32)).check(64, order)
+    states(residual=np.zeros(0, np.uint16)).check(64, order, elsewhere=["residual"])
     for name, array in [
         ("residual", np.zeros(63, np.uint16)),
         ("exp_avg", np.zeros(64, np.float64)),
@@ -181,7 +184,7 @@ def test_states_of_a_wrong_kind_or_length_are_named():
         ("weights", np.zeros((8, 8), np.uint16)),
     ]:
         with pytest.raises(RuntimeError, match=f"state {name} is"):
-            states(**{name: array}).check(64)
+            states(**{name: array}).check(64, order)
 
 
 def test_without_numba_the_torch_path_is_used_and_said(monkeypatch, caplog):

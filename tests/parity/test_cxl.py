@@ -106,9 +106,9 @@ def test_memory_that_is_bound_by_the_kernel(light, monkeypatch, interleaved):
     node = read_topology().nodes[0].id
     bound, bind = [], numa.bind
     monkeypatch.setattr(numa, "bind", lambda *arguments: (bound.append(arguments[2:]), bind(*arguments)))
-    tier = CxlTier(1 << 30, (node,), (node,), None, interleaved)
+    tier = CxlTier(1 << 30, (node,), (node,), None, interleaved, not interleaved)
     monkeypatch.setattr(tier.__class__, "nodes_of", lambda self, tier: (node,))
-    monkeypatch.setattr(runtime, "read_cxl", lambda *_: tier)
+    monkeypatch.setattr(runtime, "find_cxl", lambda memory: tier)
     resident = Resident(model())
     memory = MemoryConfig(
         policy="interleave" if interleaved else "cxl_aware", host_budget="1GB" if interleaved else "1"

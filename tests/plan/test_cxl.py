@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horizon import MemoryConfig
-from horizon.config.schema import Moments, Policy, SimulatedCxl, Tier
+from horizon.config.schema import Moments, Policy, SimulatedCxl, Tier, TierRule
 from horizon.errors import BudgetError, ConfigError
 from horizon.plan.activations import WorkingSet, plan_activations
 from horizon.plan.cost import Rates, _host_update_s
 from horizon.plan.cxl import NO_CXL, CxlTier, read_cxl
 from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines, plan_memory
-from horizon.plan.placement import Placer
+from horizon.plan.placement import Placer, read_policy
 from horizon.plan.topology import Node, Topology
 from horizon.units import GIB
-from tests.plan.test_placement import BF16, FP32, TIED, UNTIED
+from tests.plan.test_placement import BF16, CPU, FP32, TIED, UNTIED
 
 TWO_AND_TWO = Topology(tuple(Node(n, (n,) if n < 2 else (), 64 * GIB, 48 * GIB) for n in range(4)))
 ONE = Topology((Node(0, (0, 1), 64 * GIB, 48 * GIB),))
-CXL = CxlTier(1 << 40, nodes=(2, 3), dram_nodes=(0, 1))
+CXL = CxlTier(1 << 40, nodes=(2, 3), dram_nodes=(0, 1), boundaries=True)
 LEVELS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "residual", "weights", "grads")
 
 
@@ -41,9 +41,11 @@ def total(wanted, tier):
 
 def test_the_memory_only_nodes_are_striped_and_dram_is_bound_to_the_others():
     found = read_cxl(memory(), TWO_AND_TWO)
-    assert found == CxlTier(96 * GIB, (2, 3), (0, 1))
+    assert found == CxlTier(96 * GIB, (2, 3), (0, 1), boundaries=True)
     assert (found.nodes_of(Tier.cxl), found.nodes_of(Tier.dram)) == ((2, 3), (0, 1))
-    assert read_cxl(memory(cxl_nodes=[3], cxl_budget="8GiB"), TWO_AND_TWO) == CxlTier(8 * GIB, (3,), (0, 1))
+    assert read_cxl(memory(cxl_nodes=[3], cxl_budget="8GiB"), TWO_AND_TWO) == CxlTier(
+        8 * GIB, (3,), (0, 1), boundaries=True
+    )
 
 
 def test_interleaving_is_over_all_nodes():
@@ -75,7 +77,11 @@ def test_a_stand_in_needs_no_nodes_and_says_what_it_is():
         (memory(cxl_nodes=[7]), TWO_AND_TWO, r"node 7 is not online or has no memory, found node 0 .* node 3"),
         (memory("dram", cxl_nodes=[2]), TWO_AND_TWO, r"memory\.cxl_nodes has no use with memory\.policy=dram"),
         (memory("auto", cxl_budget="1GiB"), TWO_AND_TWO, r"memory\.cxl_budget has no use with memory\.policy=auto"),
-        (memory("auto", size="1GiB"), ONE, r"cxl_simulated\.size has no use with .*use cxl_aware or interleave"),
+        (
+            memory("auto", size="1GiB"),
+            ONE,
+            r"cxl_simulated\.size has no use with .*use cxl_aware or interleave, or a rule",
+        ),
         (memory(size="1GiB", cxl_nodes=[2]), TWO_AND_TWO, r"memory\.cxl_simulated\.size with memory\.cxl_nodes"),
         (memory(size="1GiB", cxl_budget="1GiB"), ONE, r"memory\.cxl_simulated\.size with"),
         (memory(size="none"), ONE, r"memory\.cxl_simulated\.size='none' is not a size"),
@@ -84,6 +90,15 @@ def test_a_stand_in_needs_no_nodes_and_says_what_it_is():
 def test_settings_that_cannot_work_are_refused(given, topology, message):
     with pytest.raises(ConfigError, match=message):
         read_cxl(given, topology)
+
+
+def test_a_rule_that_names_the_tier_is_enough():
+    ruled = memory("auto", rules=[TierRule(state="exp_avg*", tier=Tier.cxl)], cxl_budget="8GiB")
+    assert read_cxl(ruled, TWO_AND_TWO) == CxlTier(8 * GIB, (2, 3), (0, 1))
+    placed = read_policy(ruled, CPU, True, 4).place(needs(), Limits(1 << 40, 1 << 40, cxl=CXL), 0).placed
+    assert placed == {(state, block): Tier.cxl for state in ("exp_avg", "exp_avg_sq") for block in range(4)}
+    with pytest.raises(ConfigError, match=r"memory\.rules with memory\.policy=cxl_aware"):
+        read_policy(memory(rules=[TierRule(tier=Tier.cxl)]), CPU, True, 4)
 
 
 @pytest.mark.parametrize("pace", [0.0, -1.0, math.nan])

@@ -111,13 +111,13 @@ def test_an_arena_is_bound_touched_looked_up_and_then_registered(monkeypatch):
 
     monkeypatch.setattr(numa, "bind", see_bind)
     monkeypatch.setattr(numa, "verify", see_verify)
-    monkeypatch.setattr(Arena, "_register", lambda self, view, purpose: order.append("register"))
+    monkeypatch.setattr(Arena, "_register", lambda self, purpose: order.append("register"))
     space = Arena([5000, HUGE_PAGE], "test", True, [NODE])
-    assert order == ["bind", "verify", "register", "register"]
+    assert order == ["bind", "verify", "register"]
     assert not any(bool(region.any()) for region in space.regions)
     space.close()
     Arena([5000], "test", False).close()
-    assert len(order) == 4  # no nodes: the kernel decides, and nothing is looked up
+    assert len(order) == 3  # no nodes: the kernel decides, and nothing is looked up
 
 
 def test_an_arena_on_an_absent_node_gives_back_what_it_took():

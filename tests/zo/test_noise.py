@@ -46,7 +46,7 @@ def test_fma_rounds_once():
 def test_normals_are_what_the_formula_says():
     key, pairs = noise_key(1, 1, 0, 0), np.arange(1 << 16, dtype=np.uint32)
     words_a, words_b = (word.astype(np.float64) for word in noise.words(key, pairs))
-    radius = np.sqrt(-2 * np.log(1 - (words_a // 512) / 2**23))
+    radius = np.sqrt(-2 * np.log(1 - (words_a // 1024 * 2 + 1) / 2**23))
     z_a, z_b = (z.astype(np.float64) for z in noise.normals(key, pairs))
     assert np.allclose(np.hypot(z_a, z_b), radius, atol=2e-6)
     offset = (words_b % 2**23) / 2**23 - 0.5  # of a quarter turn

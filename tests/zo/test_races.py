@@ -109,6 +109,8 @@ def test_forgetting_a_wait_is_a_race(site):
 
 SECOND_STEP = """
 step 2
+fetch     waits for compute: copy head
+fetch   load layers.1
 compute   waits for fetch: load embed
 compute update and copy embed
 drain     waits for compute: update and copy embed
@@ -137,12 +139,10 @@ compute   waits for fetch: load head
 compute update and copy head
 drain     waits for compute: update and copy head
 drain   drain head
-fetch     waits for drain: drain head
-fetch   load layers.1
 """
 
 
-def test_a_step_loads_every_block_once_and_the_next_ones_first_blocks():
+def test_a_step_loads_every_block_once_and_all_but_one_slot_for_the_next():
     log = record_walks(num_steps=2, flush=False).log
     shortened = [line.replace("weights ", "") for line in log[log.index("step 2") :]]
     halves = [line for i, line in enumerate(shortened) if i == 0 or line != shortened[i - 1]]  # a master has two

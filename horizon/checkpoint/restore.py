@@ -1,0 +1,195 @@
+"""From a checkpoint into the host store, whatever the store's placement and format of moments are.
+
+Before anything is overwritten, what must be the same is compared: the model, what of it is trained, and the optimizer's
+settings; each difference is named. Only the weights may be asked for alone. Moments in another format are converted
+through fp32; into fewer bits they are rounded stochastically, as an update of the same step would round them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from horizon.checkpoint.arrays import Array
+from horizon.checkpoint.format import MASTER_KIND
+from horizon.checkpoint.reader import Checkpoint
+from horizon.config.schema import Moments
+from horizon.errors import CheckpointError
+from horizon.layout import BlockLayout, Param
+from horizon.optim.adamw import AdamW
+from horizon.optim.moments import noise, random_bits, read_m, read_v, write_m, write_v
+from horizon.plan.states import GROUP, MOMENTS
+from horizon.store.host import HostStore
+from horizon.store.split import split_master
+
+# Keys of a transformers config that do not change what the model computes.
+_IDLE_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_NUM_NAMED = 3
+
+
+def optimizer_facts(optimizer: AdamW) -> dict[str, Any]:
+    """The optimizer's settings as a manifest keeps them; the learning rate belongs to the step, not to the state."""
+    beta1, beta2 = optimizer.betas
+    return {
+        "name": "adamw", "beta1": beta1, "beta2": beta2, "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay, "moments": str(optimizer.moments),
+    }  # fmt: skip
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """A transformers config as plain JSON values."""
+    facts: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return facts
+
+
+def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
+    """What a manifest says of a model."""
+    generation = getattr(skeleton, "generation_config", None)
+    return {
+        "model": config_facts(skeleton.config),
+        "model_class": type(skeleton).__name__,
+        "generation": None if generation is None else config_facts(generation),
+    }
+
+
+def check_weights(checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...]) -> None:
+    """Raise a CheckpointError unless the checkpoint has every parameter of the model, in its shape, and no other."""
+    shapes, found = {p.name: p.spec.shape for lay in layouts for p in lay.params}, checkpoint.shapes
+    faults = {
+        "missing": [name for name in shapes if name not in found],
+        "unexpected": [name for name in found if name not in shapes],
+        "of another shape": [
+            f"{name} ({list(found[name])} saved, {list(shape)} in the model)"
+            for name, shape in shapes.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    texts = [f"{len(names)} {what}: {_some(names)}" for what, names in faults.items() if names]
+    if texts:
+        raise CheckpointError(f"the weights in {checkpoint.folder} are not this model's: {'; '.join(texts)}")
+
+
+def check_same(
+    checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...], config: PreTrainedConfig, adamw: AdamW
+) -> None:
+    """Raise a CheckpointError naming what differs between a checkpoint and what is to go on from it."""
+    manifest = checkpoint.manifest
+    assert manifest.optimizer is not None
+    differing = [
+        *differences("model.config.", manifest.model, config_facts(config), ignored=_IDLE_KEYS),
+        *differences("optim.", manifest.optimizer, optimizer_facts(adamw), ignored={"moments"}),
+    ]
+    frozen = {p.name for lay in layouts for p in lay.params if not p.spec.trainable}
+    for names, what in ((set(manifest.frozen) - frozen, "trained"), (frozen - set(manifest.frozen), "frozen")):
+        if names:
+            differing.append(f"model.freeze: {what} now, but not when it was saved: {_some(sorted(names))}")
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved with other settings: {'; '.join(differing)}; set them as they were, or "
+            "take its weights alone (resume_weights_only=true, or weights_only=True)"
+        )
+
+
+def differences(
+    prefix: str,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    ignored: set[str] = frozenset(),  # type: ignore[assignment]
+) -> list[str]:
+    """`key: A when it was saved, B now` for every key whose values differ."""
+    keys = sorted((saved.keys() | now.keys()) - ignored)
+    return [
+        f"{prefix}{key}: {saved.get(key)!r} when it was saved, {now.get(key)!r} now"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
+
+
+def restore_weights(checkpoint: Checkpoint, store: HostStore) -> None:
+    """Fill all masters, and set moments to zero.
+
+    Raises:
+        CheckpointError: an array is damaged; what was read before it has been stored.
+    """
+    for layout in store.layouts:
+        states = store.states(layout.index)
+        for param in layout.params:
+            for chunk, values in checkpoint.chunks(param.name, MASTER_KIND):
+                span = slice(param.offset + chunk.start, param.offset + chunk.stop)
+                for state, half in zip(("weights", "residual"), split_master(values.reshape(-1)), strict=True):
+                    states[state][span].copy_(half)
+        for name in store.moments:
+            states[name].zero_()
+
+
+def restore_moments(checkpoint: Checkpoint, store: HostStore, moments: Moments, seed: int) -> None:
+    """Fill the moments of all trained parameters; errors as `restore_weights`."""
+    manifest = checkpoint.manifest
+    assert manifest.optimizer is not None
+    saved = Moments(manifest.optimizer["moments"])
+    for layout in store.layouts:
+        states = store.states(layout.index)
+        for param in layout.trainable:
+            if saved is moments:
+                _copy(checkpoint, param, states, moments)
+                continue
+            for start, both in _as_float32(checkpoint, param, saved):
+                first = param.offset + start
+                random = random_bits(noise(seed, manifest.step, layout.index, first), both[0].size)
+                _store(states, first, both, moments, random)
+
+
+def _copy(checkpoint: Checkpoint, param: Param, states: dict[str, Tensor], moments: Moments) -> None:
+    for state in MOMENTS[moments]:
+        begin = state.span(param.offset, param.end).start
+        for chunk, values in checkpoint.chunks(param.name, state.name):
+            states[state.name][begin + chunk.start : begin + chunk.stop].copy_(values.reshape(-1))
+
+
+def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterator[tuple[int, tuple[Array, Array]]]:
+    """(first element, (exp_avg, exp_avg_sq)) of runs of a parameter that begin with a group, flat in fp32."""
+    scales = [checkpoint.read(param.name, state.name).numpy() for state in MOMENTS[saved][2:]]
+    spec = checkpoint.spec(param.name, "exp_avg")
+    names = ("exp_avg", "exp_avg_sq")
+    if all(chunk.start % GROUP == 0 for chunk in spec.chunks()):
+        parts = zip(*(checkpoint.chunks(param.name, name) for name in names), strict=True)
+        runs = ((of_m[0].start, of_m[1].reshape(-1), of_v[1].reshape(-1)) for of_m, of_v in parts)
+    else:  # rows so long that a chunk is less than 64 of them: the parameter at once
+        m, v = (checkpoint.read(param.name, name).reshape(-1) for name in names)
+        runs = (run for run in [(0, m, v)])
+    for start, m, v in runs:
+        if saved is Moments.int8:
+            groups = slice(start // GROUP, -(-(start + m.numel()) // GROUP))
+            yield start, (read_m(m.numpy(), scales[0][groups]), read_v(v.numpy(), scales[1][groups]))
+        else:
+            yield start, (m.float().numpy(), v.float().numpy())
+
+
+def _store(states: dict[str, Tensor], first: int, both: tuple[Array, Array], moments: Moments, random: Array) -> None:
+    """Write flat fp32 moments into a block's states from element `first` on, in the format that those have."""
+    for state, values, write in zip(MOMENTS[moments][:2], both, (write_m, write_v), strict=True):
+        target = states[state.name][first : first + values.size]
+        if moments is Moments.int8:
+            codes, scales = write(values, random)
+            target.copy_(torch.from_numpy(codes))
+            groups = slice(first // GROUP, first // GROUP + scales.size)
+            states[f"{state.name}_scale"][groups].copy_(torch.from_numpy(scales))
+        elif moments is Moments.bfloat16:
+            bits = values.view(np.uint32) + (
+                random & np.uint32(0xFFFF) if write is write_m else random >> np.uint32(16)
+            )
+            target.copy_(
+                torch.from_numpy((bits >> np.uint32(16)).astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+            )
+        else:
+            target.copy_(torch.from_numpy(values))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")

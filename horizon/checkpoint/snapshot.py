@@ -1,0 +1,253 @@
+"""A snapshot: the states of all blocks as they are after one step, read while training goes on.
+
+Threads of its own set the states aside, chunk by chunk, in the order in which the optimizer will overwrite them; from
+there they go to the disk. An update of the next step that comes to a block first sets aside what is left of that block
+itself, and only then begins. So a block is copied once, nobody waits for the disk as long as there is staging, and what
+is read is always of the snapshot's version.
+
+Invariant: no block is overwritten before all of it was set aside, or the snapshot was given up.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from horizon.checkpoint.arrays import as_array
+from horizon.checkpoint.format import DTYPES, ArraySpec, Chunk, StateArray
+from horizon.checkpoint.staging import Staging
+from horizon.errors import CheckpointError
+from horizon.store.arena import Arena
+from horizon.store.host import HostStore
+from horizon.store.split import HOST_PIECE
+from horizon.stream.streams import Streams
+from horizon.units import MIB
+
+BOUNCE_BYTES = 16 * MIB  # of pinned memory, for each thread, that states of blocks in HBM come through
+
+
+class Write(Protocol):
+    """Where chunks go; see `horizon.checkpoint.arrays.ArrayWriter.write`."""
+
+    def __call__(self, spec: ArraySpec, chunk: Chunk, values: Tensor, done: Callable[[], None]) -> None:
+        """`values` stay as they are until `done` is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    array: StateArray
+    chunk: Chunk
+
+
+class Snapshot:
+    """The states at `version`, which every block has reached or is about to.
+
+    Args:
+        arrays: what to set aside, block after block in the order in which they will be overwritten.
+        read: fills a tensor with a chunk's numbers; see `StateReader`.
+
+    Attributes:
+        stall_s: for how long updates have waited until a block was set aside,
+        room_s: and for how long of that because the staging was full.
+    """
+
+    def __init__(
+        self,
+        version: int,
+        arrays: Iterable[StateArray],
+        store: HostStore,
+        staging: Staging,
+        read: Callable[[StateArray, Chunk, Tensor], None],
+        write: Write,
+    ) -> None:
+        self.version, self.stall_s, self.room_s = version, 0.0, 0.0
+        self._ledger, self._staging, self._read, self._write = store.ledger, staging, read, write
+        self._changed = threading.Condition()  # guards everything below
+        self._waiting: dict[int, deque[_Piece]] = {}
+        for array in arrays:
+            self._waiting.setdefault(array.block, deque()).extend(_Piece(array, c) for c in array.spec.chunks())
+        self._under_way: Counter[int] = Counter()  # pieces of a block that are being set aside
+        self._urgent: int | None = None  # a block that an update waits for
+        self._error: BaseException | None = None
+
+    def copy_all(self, num_threads: int = 1) -> None:
+        """Set aside whatever no update asks for first; returns when nothing is left.
+
+        Raises:
+            CheckpointError: the snapshot was given up.
+            HorizonError: the updates that lead to this version have failed.
+        """
+
+        def copy() -> None:
+            while (piece := self._take()) is not None:
+                self._set_aside(piece)
+
+        names = [f"horizon-checkpoint-copy-{number}" for number in range(1, num_threads)]
+        helpers = [threading.Thread(target=copy, name=name, daemon=True) for name in names]
+        for helper in helpers:
+            helper.start()
+        copy()
+        for helper in helpers:
+            helper.join()
+        self.settle()
+        if self._error is not None:
+            raise self._error
+
+    def before_update(self, block: int) -> None:
+        """Return when the states of `block` may be overwritten. Never raises: a save that fails harms no update."""
+        if self._ledger.version(block) < self.version:
+            return  # the update that leads to this version
+        with self._changed:
+            if self._is_aside(block):
+                return
+            self._urgent = block
+        started = time.perf_counter()
+        room_s = 0.0
+        while (piece := self._take(block)) is not None:
+            room_s += self._set_aside(piece)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_aside(block))
+            self.stall_s += time.perf_counter() - started
+            self.room_s += room_s
+
+    def settle(self) -> None:
+        """Return when nothing more is read from any block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(self._under_way.values()) and (self._error or not self._left()))
+
+    def give_up(self, error: BaseException) -> None:
+        """Set nothing more aside."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _is_aside(self, block: int) -> bool:
+        return not self._under_way[block] and (self._error is not None or not self._waiting.get(block))
+
+    def _left(self) -> bool:
+        return any(self._waiting.values())
+
+    def _take(self, block: int | None = None) -> _Piece | None:
+        """The next piece of `block`, or (None) of the block that is needed first."""
+        with self._changed:
+            if block is None:
+                block = self._urgent
+                if block is None or not self._waiting.get(block):
+                    block = next((b for b, pieces in self._waiting.items() if pieces), None)
+            if block is None or self._error is not None or not self._waiting.get(block):
+                return None
+            self._under_way[block] += 1
+            return self._waiting[block].popleft()
+
+    def _set_aside(self, piece: _Piece) -> float:
+        """Copy a piece and hand it on; seconds that it took to find room. What fails ends the snapshot."""
+        spec, chunk, started = piece.array.spec, piece.chunk, time.perf_counter()
+        room_s = 0.0
+        try:
+            self._ledger.wait(piece.array.block, self.version)
+            region = self._staging.acquire((chunk.stop - chunk.start) * DTYPES[spec.dtype].itemsize)
+            room_s = time.perf_counter() - started
+            if region is None:
+                raise CheckpointError("the save was given up")
+            values = region.view(DTYPES[spec.dtype])
+            try:
+                self._read(piece.array, chunk, values)
+                shape = [part.stop - part.start for part in chunk.index]
+                self._write(spec, chunk, values.view(shape), lambda: self._staging.release(region))
+            except BaseException:
+                self._staging.release(region)
+                raise
+        except BaseException as error:
+            self.give_up(error)
+        finally:
+            with self._changed:
+                self._under_way[piece.array.block] -= 1
+                self._changed.notify_all()
+        return room_s
+
+
+class StateReader:
+    """Copies numbers of blocks' flat states to host memory, wherever they lie, without taking device memory.
+
+    From a device they come on a stream of their own, some at a time through a little pinned memory.
+
+    Args:
+        num_threads: that may copy from a device at the same time; others wait for their turn.
+    """
+
+    def __init__(self, store: HostStore, streams: Streams, num_threads: int = 1) -> None:
+        self._store, self._streams, self._num_threads = store, streams, num_threads
+        self._stream = torch.cuda.Stream(streams.device) if streams.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._bounce: Arena | None = None
+        self._free: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()  # for two halves each
+
+    @property
+    def pins(self) -> bool:
+        """Whether it may take pinned memory, `BOUNCE_BYTES` for each thread."""
+        return self._stream is not None
+
+    def begin(self) -> None:
+        """What is read from now on comes after all that the device was told to do so far."""
+        if self._stream is not None:
+            for stream in (self._streams.compute, self._streams.update):
+                self._stream.wait_event(stream.record_event())
+            if self._bounce is None and self._store.in_hbm:
+                self._bounce = Arena([BOUNCE_BYTES // 2] * (2 * self._num_threads), "checkpoint copies", pin=True)
+                for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
+                    self._free.put(pair)
+
+    def read(self, array: StateArray, chunk: Chunk, out: Tensor) -> None:
+        """Fill `out`, flat, with a chunk's numbers: of a state, or masters joined from both halves."""
+        start, stop = array.start + chunk.start, array.start + chunk.stop
+        states = self._store.states(array.block)
+        sources = [states[name][start:stop] for name in array.states]
+        if sources[0].device.type == "cpu":
+            _combine(sources, out)
+            return
+        size = BOUNCE_BYTES // 2 // max(source.itemsize for source in sources)
+        pair = self._free.get()
+        try:
+            for first in range(0, out.numel(), size):
+                parts = [source[first : first + size] for source in sources]
+                _combine(self._fetch(parts, pair), out[first : first + size])
+        finally:
+            self._free.put(pair)
+
+    def _fetch(self, sources: list[Tensor], pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The numbers in pinned memory."""
+        assert self._stream is not None
+        with self._streams.running(self._stream):
+            fetched = [
+                region[: source.nbytes].view(source.dtype).copy_(source, non_blocking=True)
+                for source, region in zip(sources, pair, strict=False)
+            ]
+            copied = self._stream.record_event()
+        copied.synchronize()  # the CPU reads them next
+        return fetched
+
+    def close(self) -> None:
+        """Give the pinned memory back."""
+        if self._bounce is not None:
+            self._bounce.close()
+            self._bounce = None
+
+
+def _combine(sources: list[Tensor], out: Tensor) -> None:
+    """Copy one state, or join two halves as `join_master` does; in numpy, which starts no threads for it."""
+    if len(sources) == 1:
+        np.copyto(as_array(out), as_array(sources[0]))
+        return
+    bits, high, low = out.view(torch.int32).numpy(), sources[0].view(torch.int16).numpy(), sources[1].numpy()
+    for first in range(0, bits.size, HOST_PIECE):
+        piece = slice(first, first + HOST_PIECE)
+        np.left_shift(high[piece], 16, out=bits[piece], dtype=np.int32)
+        np.add(bits[piece], low[piece], out=bits[piece])
