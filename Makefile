@@ -8,10 +8,10 @@ RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test format clean
+.PHONY: help train test test-numa format clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 train: $(INSTALLED)  ## train with the defaults, or with ARGS="train.steps=50 optim.lr=1e-3"
 	@$(RUN) horizon train $(ARGS)
@@ -21,6 +21,10 @@ test: $(INSTALLED)  ## format, lint, types and tests; WORKERS=4 runs more of the
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(RUN) pytest -q -n $(WORKERS) $(ARGS)
+
+test-numa: $(INSTALLED)  ## placement on NUMA nodes in a virtual machine: fetches QEMU and a kernel from Debian
+	@sh tests/numa/prepare.sh build/numa
+	$(RUN) pytest -q -n 0 -m qemu -rs -s tests/numa $(ARGS)
 
 format: $(INSTALLED)  ## write the format and the lint fixes that are safe
 	$(RUN) ruff format .

@@ -10,20 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from horizon import errors
-    from horizon.config.schema import MemoryConfig, TierRule
+    from horizon.config.schema import MemoryConfig, SimulatedCxl, TierRule
     from horizon.engine import Engine
     from horizon.optim.adamw import AdamW
     from horizon.trainer import Trainer
     from horizon.zo.settings import ZerothOrder
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Engine", "MemoryConfig", "TierRule", "Trainer", "ZerothOrder", "__version__", "errors"]
+__all__ = [
+    "AdamW",
+    "Engine",
+    "MemoryConfig",
+    "SimulatedCxl",
+    "TierRule",
+    "Trainer",
+    "ZerothOrder",
+    "__version__",
+    "errors",
+]
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
     "Engine": "horizon.engine",
     "MemoryConfig": "horizon.config.schema",
     "TierRule": "horizon.config.schema",
+    "SimulatedCxl": "horizon.config.schema",
     "Trainer": "horizon.trainer",
     "ZerothOrder": "horizon.zo.settings",
 }

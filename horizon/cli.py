@@ -14,7 +14,7 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
-COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint")
+COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -31,6 +31,8 @@ commands:
   export       a Hugging Face folder from a checkpoint: horizon export CHECKPOINT FOLDER [dtype=bf16]
   import       a checkpoint from a Hugging Face folder: horizon import MODEL_FOLDER CHECKPOINT
   checkpoint   look after checkpoints: horizon checkpoint ls|verify|diff|prune FOLDER ...
+  bench        measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]
+  report       compare two measurements: horizon report compare A.json B.json [--out FILE]
 
 flags:
   -h, --help     print this and exit
@@ -92,6 +94,15 @@ def _dispatch(arguments: list[str]) -> int:
             return _look_after_checkpoints(command, rest)
         case ["replay", *rest]:
             return _replay(rest)
+        case ["bench", *rest]:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training, whose steps it times
+            from horizon.commands import bench
+
+            return bench.run(rest)
+        case ["report", *rest]:
+            from horizon.commands import report
+
+            return report.run(rest)
         case ["-sc" | "--shell-completion", *rest]:
             return _complete(rest)
     raise ConfigError(f"{arguments[0]!r} is no command; expected {', '.join(COMMANDS)} (horizon --help)")

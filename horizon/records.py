@@ -38,6 +38,7 @@ class StepRow:
     clip_scale: float  # what the gradients were multiplied by; below 1: clipped
     corrected_blocks: int  # updated before the norm was known, and again because it clipped (optim.clip=speculative)
     projected_gradients: list[float]  # optim=mezo: (L+ - L-) / (2 eps) of each query; grad_norm is then null
+    simulated: bool  # the cxl tier was a stand-in (memory.cxl_simulated.size): no time here is that of a real one
     time: float  # when the step ended, seconds since 1970
 
 
@@ -102,6 +103,7 @@ class RunSummary:
     clip: str  # how gradients were clipped: none, exact, speculative, or "lagged clipping: not exact"
     clipped_steps: int
     corrected_blocks: int  # of all steps
+    simulated: bool  # the cxl tier was a stand-in
     validation_loss_before: float | None  # None: no rows were held out, or train.eval_rows=0
     validation_loss_after: float | None
     sample_before: str | None  # None: train.sample_tokens=0

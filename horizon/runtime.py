@@ -29,6 +29,7 @@ from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.optim.device import can_update, make_updater
+from horizon.optim.pace import simulated_pace
 from horizon.optim.rate import measure_rates
 from horizon.optim.steps import StepOutcome, Steps
 from horizon.optim.threads import default_num_threads
@@ -51,6 +52,7 @@ from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.plan.traffic import least_traffic
 from horizon.planner import StepPlanner
 from horizon.report.recording import Recording, record_steps
+from horizon.store.cxl import find_cxl
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
 from horizon.stream.activations import Activations
@@ -82,7 +84,7 @@ class Runtime:
             limit_device(device, plan.limits.device)
             self.store = HostStore(
                 model.layouts, self._pin, needs.compute_dtype is torch.float32, device, needs.in_hbm, needs.moments,
-                needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine,
+                needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine, needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
@@ -94,8 +96,8 @@ class Runtime:
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")  # its slots
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
-            working_set = partial(measure_working_set, self.executor)
-            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes)
+            working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes)
             release.callback(activations.close)
             self.planner = StepPlanner(
                 self, placer, activations, Predictor(timed_on(self.executor), rates, token_bytes)
@@ -118,7 +120,7 @@ class Runtime:
     def _start_updater(self, needs: MemoryNeeds) -> None:
         self._updater = make_updater(
             self.model.layouts, needs.in_hbm, self._states, self.store.ledger, self.optimizer, self._num_threads,
-            self.streams, lambda block: self.buffers.release(block), self._seed, self.store.pages,
+            self.streams, lambda b: self.buffers.release(b), self._seed, self.store.pages, simulated_pace(needs),
         )  # fmt: skip
 
     @property
@@ -313,7 +315,7 @@ class Runtime:
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""
         names = [layout.name for layout in self.model.layouts]
-        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture)
+        return record_steps(self.streams, names, least_traffic(self.needs), trace, picture, self.needs.cxl.note)
 
     # ---- memory
 
@@ -371,13 +373,14 @@ def build_runtime(
     prepare_device(target)
     model.to(target)
     recompute = choice(Recompute, memory.recompute, "memory.recompute")
-    rates = measure_rates(target, num_threads, dtype, optimizer)
-    limits = memory_limits(memory, target)
+    cxl = find_cxl(memory)
+    rates = measure_rates(target, num_threads, dtype, optimizer, cxl)
+    limits = memory_limits(memory, target, cxl)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments, master = Moments(optimizer.moments), MasterFormat(optimizer.master)
     needs = MemoryNeeds(
         model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
-        moments=moments, master=master,
+        moments=moments, master=master, cxl=cxl,
     )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))

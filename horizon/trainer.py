@@ -193,6 +193,7 @@ class Trainer:
             clip=self._clipping.note,
             clipped_steps=sum(row.clip_scale < 1 for row in self.rows),
             corrected_blocks=sum(row.corrected_blocks for row in self.rows),
+            simulated=engine.plan.limits.cxl.simulated,
             validation_loss_before=loss_before,
             validation_loss_after=loss_after,
             sample_before=sample_before,
@@ -210,13 +211,15 @@ class Trainer:
     ) -> StepSplit:
         """All steps that are left, a few of which are recorded: where their time went."""
         num_steps, done = self.config.train.steps, self.step
-        note = self._clipping.note if self._clipping.mode is Clip.lagged else ""
+        notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
+        if engine.plan.limits.cxl.simulated:
+            notes.append(f"[{engine.plan.limits.cxl.name}]")
         first, last = (done + step for step in recorded_steps(num_steps - done))
         files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
         interrupts = Interrupts()
         with (
             MetricsWriter(self.metrics_path, append=True) as metrics,
-            StepDisplay(num_steps, note=note, done=done) as display,
+            StepDisplay(num_steps, note=" ".join(notes), done=done) as display,
             interrupts if checkpoints.is_on else nullcontext(),
         ):
 
@@ -269,6 +272,7 @@ class Trainer:
             clip_scale=result.clip_scale,
             corrected_blocks=result.corrected_blocks,
             projected_gradients=list(result.projected_gradients),
+            simulated=engine.plan.limits.cxl.simulated,
             time=time.time(),
         )
 
@@ -293,6 +297,8 @@ class Trainer:
         if self._clipping.mode is not Clip.exact:
             corrected = f", {summary.corrected_blocks} updates of blocks corrected" if summary.corrected_blocks else ""
             print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
+        if summary.simulated:
+            print("the cxl tier was simulated: none of these times is that of a real one")
         if summary.split is not None:
             print(describe_split(summary.split))
         if self.config.optim.name == "mezo":

@@ -29,7 +29,7 @@ FLOW = (
     ("building",),
     ("engine", "interrupts"),
     ("run_checkpoints", "sampling"),
-    ("trainer", "replaying"),
+    ("trainer", "replaying", "bench"),
     ("doctor",),
     ("commands",),
     ("cli",),

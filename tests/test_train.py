@@ -61,6 +61,28 @@ def plain_loss(folder, config):
     return total / count
 
 
+SIMULATED = ["memory.policy=cxl_aware", "memory.cxl_simulated.size=64MiB", "memory.cxl_simulated.gb_per_s=500"]
+
+
+def test_a_simulated_tier_is_called_simulated_in_every_output(texts, tmp_path, capsys, caplog):
+    wanted = [*SIMULATED, "train.steps=3", "trace=true", "train.eval_rows=0", "train.save=false"]
+    Trainer(compose([*TINY, f"data.path={texts}", *wanted]), tmp_path).run()
+    shown = capsys.readouterr()
+    assert shown.out.count("the cxl tier is simulated") == shown.out.count("the cxl tier was simulated") == 1
+    assert all("[cxl (simulated)]" in line for line in shown.err.splitlines() if line.startswith("step "))
+    assert shown.err.count("[cxl (simulated)]") >= 2
+    assert all(json.loads(line)["simulated"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert json.loads((tmp_path / "summary.json").read_text())["simulated"] is True
+    assert '"horizon, cxl (simulated)"' in (tmp_path / "trace.json").read_text()
+    assert "simulated: ordinary memory that updates use at 500 GB/s" in caplog.text
+
+
+def test_a_run_without_one_does_not_say_so(trained):
+    out, _, summary = trained
+    assert not summary.simulated
+    assert not any(json.loads(line)["simulated"] for line in (out / "metrics.jsonl").read_text().splitlines())
+
+
 def test_it_learns_and_the_saved_model_has_the_loss_that_was_reported(trained):
     out, config, summary = trained
     assert summary.validation_loss_before == pytest.approx(math.log(257), abs=0.2)

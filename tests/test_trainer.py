@@ -26,6 +26,7 @@ from horizon.config.schema import (
 from horizon.data import Rows
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
+from horizon.plan.memory import Limits
 from horizon.records import StepSplit, Traffic
 from horizon.trainer import Trainer, check_settings, generate, recorded_steps, validation_batches, with_lr
 
@@ -44,7 +45,7 @@ class FakeEngine:
         self.vocab_size, self.at_step = vocab_size, at_step
         self.lr, self.lrs, self.evaluated, self.closed, self.saved, self.windows = 0.0, [], [], False, None, []
         self.host_bytes, self.device_bytes = 1 << 30, 0
-        self.plan = SimpleNamespace(table=lambda: "the plan")
+        self.plan = SimpleNamespace(table=lambda: "the plan", limits=Limits(0, 0))
         self.recorded, self.trace_files = None, None
 
     def __enter__(self):

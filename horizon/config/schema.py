@@ -49,11 +49,14 @@ class Policy(StrEnum):
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
     nvme_optimizer = "nvme_optimizer"  # moments and residual on nvme, weights in dram
     nvme_all = "nvme_all"  # all states on nvme
+    cxl_aware = "cxl_aware"  # what the update touches most stays in dram, what finds no room there goes to cxl
+    interleave = "interleave"  # every state over all dram and cxl nodes, page by page: the naive baseline
 
 
 class Tier(StrEnum):
     hbm = "hbm"  # device memory: all states of a block or none
     dram = "dram"  # host memory
+    cxl = "cxl"  # host memory on other NUMA nodes
     nvme = "nvme"  # a file in memory.nvme_dir
 
 
@@ -166,6 +169,14 @@ class TierRule:
 
 
 @dataclass(kw_only=True, slots=True)
+class SimulatedCxl:
+    """A stand-in for the cxl tier in ordinary memory, slowed down; every output calls it simulated."""
+
+    size: str | None = None  # such as 64GiB; null: no stand-in
+    gb_per_s: float = 20.0  # 1e9 bytes read and written in a second by update threads and, on CPU, by copies
+
+
+@dataclass(kw_only=True, slots=True)
 class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
@@ -177,6 +188,9 @@ class MemoryConfig:
     nvme_dir: str | None = None  # folder on a local disk for states on nvme; auto uses it only where dram is too small
     nvme_budget: str = "auto"  # bytes of the file there; auto: what the file system has free, less 1 GiB
     nvme_engine: NvmeEngine = NvmeEngine.auto  # what moves states between disk and memory
+    cxl_nodes: Any = "auto"  # NUMA nodes of the cxl tier, such as [2,3]; auto: those that have memory and no CPUs
+    cxl_budget: str = "auto"  # bytes on the cxl tier; auto: what is free on its nodes
+    cxl_simulated: SimulatedCxl = field(default_factory=SimulatedCxl)
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one

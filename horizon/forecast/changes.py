@@ -41,7 +41,13 @@ def describe(change: Change) -> str:
 
 def plain(change: Change) -> dict[str, Any]:
     """For JSON."""
-    return {key: str(value) if isinstance(value, StrEnum) else value for key, value in change.items()}
+
+    def one(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        return str(value) if isinstance(value, StrEnum) else value
+
+    return {key: one(value) for key, value in change.items()}
 
 
 def _text(value: Any) -> str:

@@ -23,6 +23,7 @@ from horizon.models.skeleton import build_skeleton, resolve_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.plan.activations import ActivationPlan
+from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.estimate import Estimator
 from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
@@ -36,6 +37,7 @@ from horizon.stream.prediction import Predictor
 from horizon.stream.streams import Streams
 
 T = TypeVar("T")
+CXL_SLOWER = 4  # updates with all states there, as published (arXiv 2507.03305)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class Forecaster:
             self.target.device_overhead + self._buffer_bytes,
             moments=Moments(optim.moments),
             master=MasterFormat(optim.master),
+            cxl=self.target.cxl(config.memory),
         )
 
     def forecast(self, config: HorizonConfig, limits: Limits | None = None) -> Forecast:
@@ -181,7 +184,19 @@ class Forecaster:
             estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
+        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs))
         return activations, Predictor(estimator.step_times, rates, token_bytes)
+
+    def _cxl_bytes_per_s(self, rates: Rates, needs: MemoryNeeds) -> float:
+        """Of updates on cxl: a stand-in's, the machine file's, or what AdamW out of cache was seen to lose there."""
+        described = None if self.target.here else self.target.facts.tiers.get("cxl")
+        if needs.cxl.bytes_per_s is not None:
+            return needs.cxl.bytes_per_s
+        if described is not None:
+            return (
+                described.read_bytes_per_s + described.write_bytes_per_s
+            ) / 2  # an update reads as much as it writes
+        return rates.updates_per_s * update_bytes(needs.states, needs.grad_dtype) / CXL_SLOWER
 
     def may_fit(self, config: HorizonConfig) -> bool:
         """Whether the fixed memory might fit, as nothing is placed in HBM but what the host has no room for."""
@@ -194,7 +209,8 @@ class Forecaster:
         host = sum(line.num_bytes for line in fixed if line.tier == "host")
         if config.memory.nvme_dir is not None and host <= limits.host + limits.nvme:
             return True
-        return host <= limits.host or (config.memory.policy is not Policy.dram and total <= limits.host + limits.device)
+        elsewhere = limits.cxl.num_bytes if limits.cxl.num_bytes else limits.device
+        return host <= limits.host or (config.memory.policy is not Policy.dram and total <= limits.host + elsewhere)
 
     def fits(self, config: HorizonConfig) -> Forecast | None:
         """The forecast, or None where these settings do not fit or contradict each other."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy
 from horizon.errors import ConfigError
 from horizon.models.kernels import choose_kernels
 from horizon.optim.device import can_update
+from horizon.plan.cxl import CxlTier, read_cxl, wants_cxl
 from horizon.plan.estimate import typical_process
 from horizon.plan.facts import MachineFacts
 from horizon.plan.machine import (
@@ -23,6 +24,7 @@ from horizon.plan.machine import (
     resolve_dtype,
 )
 from horizon.plan.memory import Limits
+from horizon.plan.topology import Topology, read_topology
 from horizon.units import GIB, parse_bytes
 
 SYSTEM_BYTES = 2 * GIB  # of a machine's memory that a run does not get, where nobody can look: the system's own
@@ -52,16 +54,38 @@ class Target:
         """Whether blocks in device memory can be updated there."""
         return can_update(self.device) if self.here else True
 
+    def cxl(self, memory: MemoryConfig) -> CxlTier:
+        """The cxl tier that the settings ask for: of nodes found here, or as a machine file describes it.
+
+        Raises:
+            ConfigError: the machine does not have it.
+        """
+        if self.here:
+            return read_cxl(memory, read_topology())
+        if not wants_cxl(memory) or memory.cxl_simulated.size is not None:
+            return read_cxl(memory, Topology(()))
+        if "cxl" not in self.facts.tiers or memory.cxl_nodes != "auto":
+            raise ConfigError(
+                f"memory.policy={memory.policy} on {self.facts.name!r}, whose file describes no NUMA nodes: leave "
+                "memory.cxl_nodes at auto and give the file a tier cxl"
+            )
+        size = self.facts.tiers["cxl"].num_bytes
+        if memory.cxl_budget != "auto":
+            size = parse_bytes(memory.cxl_budget, "memory.cxl_budget")
+        policy = memory.policy
+        return CxlTier(size, interleaved=policy is Policy.interleave, boundaries=policy is Policy.cxl_aware)
+
     def limits(self, memory: MemoryConfig) -> Limits:
         """Budgets in bytes, `auto` filled in."""
+        cxl = self.cxl(memory)
         if self.here and not self.on_gpu:
-            return memory_limits(memory, self.device)
+            return memory_limits(memory, self.device, cxl)
         host = max(self.facts.host_bytes - SYSTEM_BYTES, self.facts.host_bytes // 2)
         if self.here:
-            host = memory_limits(memory, torch.device("cpu")).host
+            host = memory_limits(memory, torch.device("cpu"), cxl).host
         elif memory.host_budget != "auto":
             host = parse_bytes(memory.host_budget, "memory.host_budget")
-        return Limits(host, self._device_limit(memory, host), nvme=self._nvme_limit(memory))
+        return Limits(host, self._device_limit(memory, host), nvme=self._nvme_limit(memory), cxl=cxl)
 
     def _nvme_limit(self, memory: MemoryConfig) -> int:
         if self.here:

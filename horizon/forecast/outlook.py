@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute
+from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute, SimulatedCxl
 from horizon.errors import BudgetError
 from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, smaller_levers
 from horizon.forecast.imagined import Forecast, Forecaster
@@ -93,7 +93,8 @@ def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: Budge
 SMALLEST: Change = {
     "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
     "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
-    "memory.recompute": Recompute.auto,
+    "memory.recompute": Recompute.auto, "memory.cxl_nodes": "auto", "memory.cxl_budget": "auto",
+    "memory.cxl_simulated": SimulatedCxl(),
 }  # fmt: skip
 
 

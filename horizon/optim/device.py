@@ -16,6 +16,7 @@ from horizon.errors import HorizonError
 from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, step_scalars
 from horizon.optim.chunks import cut_chunks
+from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater, chunk_elements, load_update
 from horizon.store.ledger import Ledger
@@ -194,12 +195,13 @@ def make_updater(
     release: Callable[[int], None],
     seed: int = 0,
     pages: UpdatePages | None = None,
+    pace: Pace | None = None,
 ) -> Updater | TieredUpdater:
     """Who updates the blocks of a model of which `in_hbm` have their states on the device, with moments in fp32.
 
     Args:
         states: gives a block's tensors by name, its gradient as `grads`.
-        seed, pages: as `Updater` takes them.
+        seed, pages, pace: as `Updater` takes them.
     """
 
     def arrays(block: int) -> UpdateStates:
@@ -210,9 +212,9 @@ def make_updater(
 
     # Blocks with nothing to train are known to both: whoever has a step's first block publishes them.
     on_host = [lay for lay in layouts if lay.index not in in_hbm or not lay.num_trainable]
-    size = chunk_elements(layouts, num_threads)
     host = Updater(
-        on_host, arrays, ledger, adamw, num_threads, release, size, seed=seed, timeline=streams.timeline, pages=pages
+        on_host, arrays, ledger, adamw, num_threads, release, chunk_elements(layouts, num_threads),
+        seed=seed, timeline=streams.timeline, pages=pages, pace=pace,
     )  # fmt: skip
     if not in_hbm:
         return host

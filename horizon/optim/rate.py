@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import lru_cache
 
@@ -10,11 +11,15 @@ import torch
 from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import PARAM_ALIGN, ParamSpec, place_block
 from horizon.optim.adamw import AdamW
+from horizon.optim.pace import Pace
 from horizon.optim.states import UpdateStates
 from horizon.optim.updater import Updater
-from horizon.plan.cost import Rates
+from horizon.plan.cost import Rates, update_bytes
+from horizon.plan.cxl import NO_CXL, CxlTier
+from horizon.plan.states import states_of
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
+from horizon.store.tiers import Nodes
 from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 from horizon.units import align_up
@@ -26,7 +31,9 @@ CHUNKS_A_THREAD = 4
 
 
 @lru_cache(maxsize=8)
-def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> Rates:
+def measure_rates(
+    device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, cxl: CxlTier = NO_CXL
+) -> Rates:
     """Rates of copies and updates, each with nothing else going on; measured once per process."""
     up, down, within = measure_copies(Streams.on(device))
     if device.type == "cuda":
@@ -37,29 +44,56 @@ def measure_rates(device: torch.device, num_threads: int, grad_dtype: torch.dtyp
         device_bytes_per_s=within,
         updates_per_s=measure_update_rate(PARAMETERS[device.type], num_threads, grad_dtype, optimizer),
         overlaps=device.type == "cuda",
+        cxl_bytes_per_s=cxl_bytes_per_s(cxl, num_threads, grad_dtype, optimizer),
     )
 
 
-def measure_update_rate(num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
-    """Parameters per second, with nothing else using the host's memory."""
+def cxl_bytes_per_s(cxl: CxlTier, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW) -> float:
+    """Bytes that updates read and write in a second with all states on the tier; inf without one."""
+    if cxl.bytes_per_s is not None or not cxl.num_bytes:
+        return cxl.bytes_per_s or math.inf
+    size = update_bytes(states_of(MasterFormat(optimizer.master), Moments(optimizer.moments)), grad_dtype)
+    num_parameters = min(PARAMETERS["cuda"], int(cxl.num_bytes / (2 * size)))
+    return size * measure_update_rate(num_parameters, num_threads, grad_dtype, optimizer, cxl.nodes)
+
+
+def measure_update_rate(
+    num_parameters: int, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, nodes: tuple[int, ...] = ()
+) -> float:
+    """Parameters per second, with nothing else using the host's memory; all states on `nodes` where some are given."""
+    times = update_seconds(num_parameters, num_threads, grad_dtype, optimizer, lambda *_: nodes)
+    return num_parameters / min(times)
+
+
+def update_seconds(
+    num_parameters: int,
+    num_threads: int,
+    grad_dtype: torch.dtype,
+    optimizer: AdamW,
+    nodes: Nodes,
+    pace: Pace | None = None,
+    sweeps: int = SWEEPS,
+) -> list[float]:
+    """Seconds of updates of one block, one after the other, with nothing else using the host's memory.
+
+    Args:
+        nodes, pace: where its states are, as `HostStore` and `Updater` take them.
+    """
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
     store = HostStore(
-        [layout],
-        pin=False,
-        pin_residual=False,
-        moments=Moments(optimizer.moments),
-        master=MasterFormat(optimizer.master),
-    )
-    buffers = KeptGradients([layout], grad_dtype, pin=False)
+        [layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments),
+        master=MasterFormat(optimizer.master), nodes=nodes,
+    )  # fmt: skip
+    buffers = KeptGradients([layout], grad_dtype, pin=False, nodes=nodes)
     buffers.claim(0).fill_(1)  # reading pages that nobody wrote would cost nothing
 
     def states(block: int) -> UpdateStates:
         return UpdateStates.of_tensors(**store.states(block), grads=buffers.claim(block))
 
     chunk = align_up(-(-num_parameters // (CHUNKS_A_THREAD * num_threads)), PARAM_ALIGN)
-    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk)
+    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk, pace=pace)
     try:
-        return num_parameters / min(_sweep_seconds(updater, step) for step in range(1, SWEEPS + 1))
+        return [_sweep_seconds(updater, step) for step in range(1, sweeps + 1)]
     finally:
         updater.close()
         buffers.close()

@@ -30,6 +30,7 @@ from horizon.layout import PARAM_ALIGN, BlockLayout
 from horizon.optim.adamw import AdamW, StepScalars, Update, UpdateArrays, step_scalars, update_torch
 from horizon.optim.chunks import Chunk, cut_chunks
 from horizon.optim.moments import noise, stochastic_master, update_torch_bfloat16, update_torch_int8
+from horizon.optim.pace import Pace, unpaced
 from horizon.optim.states import UpdateStates, as_array, traffic, update_order
 from horizon.plan.disk import PAGE_ELEMENTS
 from horizon.store.ledger import Ledger
@@ -85,7 +86,7 @@ class _Pace:
 class Updater:
     """Applies AdamW to every block's states on `num_threads` threads, which start at the first `submit`.
 
-    `seed` is that of the random bits with which what is kept in 16 or 8 bits is rounded.
+    `seed` is that of the random bits with which what is kept in 16 or 8 bits is rounded, `pace` slows it down.
 
     A worker calls `states(block index)` when the block's turn comes, once per block and job, and owns the arrays
     until it calls `release(block index)`, just before the new version is published. States of a block that are on nvme
@@ -110,6 +111,7 @@ class Updater:
         seed: int = 0,
         timeline: Timeline | None = None,
         pages: UpdatePages | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if num_threads < 1 or chunk_elements < 1 or chunk_elements % PARAM_ALIGN:
             raise RuntimeError(
@@ -120,18 +122,15 @@ class Updater:
         self.chunks = {index: cut for index, cut in chunks.items() if cut}
         self._layouts = {layout.index: layout for layout in layouts}
         self._frozen = [index for index, cut in chunks.items() if not cut]
-        self._states = states
-        self._release = release
-        self._ledger = ledger
-        self._adamw = adamw
-        self._seed = seed
+        self._states, self._release, self._ledger = states, release, ledger
+        self._adamw, self._seed = adamw, seed
         self._num_threads = num_threads
         moments, master = Moments(adamw.moments), MasterFormat(adamw.master)
         self._update = load_update(moments, master)
         self._order = update_order(moments, master)
         self._rounds = moments is not Moments.float32 or master is not MasterFormat.split
         self._timeline = timeline or Timeline()
-        self._pages = pages
+        self._pages, self._pace_of = pages, pace or unpaced
         self._threads: list[threading.Thread] = []
         self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
@@ -310,7 +309,8 @@ class Updater:
 
     def _apply(self, block: _BlockUpdate, number: int, chunk: Chunk, parts: UpdateArrays) -> None:
         scalars = block.decayed if chunk.decay else block.undecayed
-        with self._timeline.update(block.layout.index, traffic(parts, self._order)):
+        at = block.layout.index
+        with self._timeline.update(at, traffic(parts, self._order)), self._pace_of(at, parts):
             if block.work is not None:
                 block.work(number, parts, scalars)
             elif self._rounds:

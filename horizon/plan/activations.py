@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from horizon.config.schema import Recompute
 from horizon.errors import BudgetError
-from horizon.plan.memory import Line, MemoryPlan, check_fits
+from horizon.plan.memory import Line, MemoryPlan, check_fits, host_lines
 from horizon.units import GIB, align_up
 
 Key = tuple[int, int]  # block that takes the hidden states as input, micro-batch
@@ -54,7 +54,7 @@ class ActivationPlan:
     @property
     def host_bytes(self) -> int:
         """Bytes of boundaries on the host that found no idle gradient buffer."""
-        return sum(line.num_bytes for line in self.lines if line.tier == "host")
+        return sum(line.num_bytes for line in self.lines if line.tier != "device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def plan_activations(
     num_graphs, num_selective = _kept_layers(room, recompute, own)
     away = _offloaded(room, num_graphs, num_selective)
     lines = (
-        Line("host", "offloaded activations", own(num_graphs, num_selective)),
+        *_offloaded_lines(plan, own(num_graphs, num_selective)),
         Line("device", f"block at work ({max(tokens)} tokens)", busy),
         Line("device", "hidden states", passing),
         *_kept_lines(room, num_graphs, num_selective),
@@ -130,6 +130,13 @@ def plan_activations(
     kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
     kept |= {block: Recompute.none for block in range(first_graph, 1 + num_layers)}
     return ActivationPlan(away, kept, lines)
+
+
+def _offloaded_lines(plan: MemoryPlan, num_bytes: int) -> list[Line]:
+    """Boundaries on the host that found no idle buffer."""
+    cxl = plan.limits.cxl
+    dram, away = (0, num_bytes) if cxl.boundaries else (num_bytes, 0)
+    return host_lines(cxl, "offloaded activations", dram, away)
 
 
 def _kept_lines(room: _Room, num_graphs: int, num_selective: int) -> list[Line]:

@@ -6,19 +6,19 @@ Pure arithmetic, as `horizon.plan.memory`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import Recompute
+from horizon.config.schema import Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.disk import loaded_states
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
-from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
+from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.states import num_bytes
+from horizon.plan.states import State, num_bytes
 from horizon.plan.traffic import loaded_elements
 
 HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
@@ -33,8 +33,9 @@ class Rates:
     up_bytes_per_s: float  # host to device
     down_bytes_per_s: float
     device_bytes_per_s: float  # read and written by kernels
-    updates_per_s: float  # parameters, by all threads of the optimizer together
+    updates_per_s: float  # parameters, by all threads of the optimizer together, with all states in dram
     overlaps: bool  # copies run beside kernels
+    cxl_bytes_per_s: float = math.inf  # read and written by updates of states on cxl
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def step_cost(
             add_s=0.0 if at_home else lent.get(layout.index, 0) * needs.grad_dtype.itemsize / rates.up_bytes_per_s,
             update_s=_update_bytes(layout, needs) / rates.device_bytes_per_s
             if at_home
-            else layout.num_trainable / rates.updates_per_s,
+            else _host_update_s(layout, needs, rates),
             buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
             offloads=layout.index in plan.offloaded,
             in_hbm=at_home,
@@ -141,6 +142,23 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
     """Elements of the block's gradient that cross the link: its own, and those of what it borrows."""
     own = sum(p.spec.numel for p in layout.trainable) if layout.index not in in_hbm else 0
     return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
+
+
+def update_bytes(states: Iterable[State], grad_dtype: torch.dtype) -> float:
+    """Bytes a parameter that an update reads and writes, as fractions where numbers stand for several parameters."""
+    return sum(2 * state.dtype.itemsize / state.group for state in states) + grad_dtype.itemsize
+
+
+def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:
+    """An update by the host: at its pace in dram, or at that of cxl where what lies there takes longer."""
+
+    def share(state: str) -> float:
+        return 1.0 if needs.tier(state, layout.index) is Tier.cxl else needs.cxl.share
+
+    trained = ((s.name, layout.num_trainable // s.group * s.dtype.itemsize) for s in needs.states)
+    on_cxl = sum(2 * share(state) * num_bytes for state, num_bytes in trained)
+    on_cxl += share(GRADS) * layout.num_trainable * needs.grad_dtype.itemsize
+    return max(layout.num_trainable / rates.updates_per_s, on_cxl / rates.cxl_bytes_per_s)
 
 
 def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:

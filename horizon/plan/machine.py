@@ -10,7 +10,9 @@ import torch
 from horizon.cgroups import memory_groups
 from horizon.config.schema import ComputeDtype, MemoryConfig
 from horizon.errors import ConfigError
+from horizon.plan.cxl import NO_CXL, CxlTier
 from horizon.plan.memory import Limits
+from horizon.plan.topology import read_topology
 from horizon.units import GIB, MIB, parse_bytes
 
 TYPICAL_CONTEXT = 640 * MIB  # where it cannot be measured, because it existed before Horizon looked
@@ -124,19 +126,28 @@ def _host_limit(host_budget: str) -> int:
     return cgroup_room() + process_bytes()
 
 
-def memory_limits(memory: MemoryConfig, device: torch.device) -> Limits:
-    """Budgets in bytes; `auto` is what is available now, this process's own use included.
+def _dram_of(available: int, cxl: CxlTier) -> int:
+    """What of the available memory is the dram tier's."""
+    if cxl.dram_nodes:
+        available = min(available, read_topology().free_bytes(cxl.dram_nodes) + process_bytes())
+    return max(0, available - cxl.num_bytes) if cxl.simulated else available
+
+
+def memory_limits(memory: MemoryConfig, device: torch.device, cxl: CxlTier = NO_CXL) -> Limits:
+    """Budgets in bytes; `auto` is what is available now, this process's own use included, and no other tier's.
 
     Raises:
         ConfigError: a budget is no size, or memory.nvme_dir no folder that can be written to.
     """
     host, nvme = _host_limit(memory.host_budget), nvme_bytes(memory)
+    if memory.host_budget == "auto":
+        host = _dram_of(host, cxl)
     if memory.device_budget != "auto":
-        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), nvme=nvme)
+        return Limits(host, parse_bytes(memory.device_budget, "memory.device_budget"), nvme=nvme, cxl=cxl)
     if device.type == "cpu":
-        return Limits(host, available_host_bytes() + process_bytes(), nvme=nvme)
+        return Limits(host, _dram_of(available_host_bytes() + process_bytes(), cxl), nvme=nvme, cxl=cxl)
     free, total = torch.cuda.mem_get_info(device)
-    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, nvme=nvme)
+    return Limits(host, min(total, free + context_bytes(device)) - DEVICE_MARGIN, nvme=nvme, cxl=cxl)
 
 
 def nvme_bytes(memory: MemoryConfig) -> int:

@@ -1,7 +1,8 @@
 """What a run will use, decided before anything is allocated: bytes per tier and purpose, and what fits.
 
 Pure arithmetic on layouts, budgets and measured facts that are passed in. Host = DRAM; device = GPU memory, or, on a
-CPU-only run, the part of DRAM that stands in for it; nvme = a file.
+CPU-only run, the part of DRAM that stands in for it; cxl = memory on other NUMA nodes, or what stands in for that;
+nvme = a file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from horizon.config.schema import MasterFormat, Moments, Tier
 from horizon.errors import BudgetError
 from horizon.layout import BlockLayout
+from horizon.plan.cxl import NO_CXL, CxlTier
 from horizon.plan.disk import (
     LOAD_BUFFERS,
     UPDATE_PAGES,
@@ -32,8 +34,10 @@ from horizon.units import GIB, MIB, format_bytes
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
-TIERS = ("host", "nvme", "device")
+GRADS = "grads"
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
+
+ON_HOST = Tier.dram, Tier.cxl
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +59,21 @@ class Limits:
     device_key: str = "memory.device_budget"
     nvme: int = 0
     nvme_key: str = "memory.nvme_budget"
+    cxl: CxlTier = NO_CXL
 
     def of(self, tier: str) -> tuple[int, str]:
         """(bytes, setting) of a tier."""
         return {
             "host": (self.host, self.host_key),
             "nvme": (self.nvme, self.nvme_key),
+            self.cxl.name: (self.cxl.num_bytes, self.cxl.budget_key),
             "device": (self.device, self.device_key),
         }[tier]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """In the order in which a plan shows them."""
+        return "host", self.cxl.name, "nvme", "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +97,14 @@ class MemoryPlan:
     def table(self) -> str:
         """The plan as text, one line per tier and purpose."""
         head = f"{self.num_blocks} blocks, {self.num_parameters:,} parameters"
-        rows = [f"  {line.tier:<7}{line.purpose:<34}{format_bytes(line.num_bytes):>12}" for line in self._all()]
-        for tier in TIERS:
-            total, (limit, _) = self.num_bytes(tier), self.limits.of(tier)
-            if total or tier != "nvme":
-                rows.append(f"  {tier:<7}{'predicted peak':<34}{format_bytes(total):>12}  of {format_bytes(limit)}")
+        used = [tier for tier in self.limits.tiers if tier in ("host", "device") or self.num_bytes(tier)]
+        wide = 2 + max(5, *map(len, used))
+        rows = [f"  {line.tier:<{wide}}{line.purpose:<34}{format_bytes(line.num_bytes):>12}" for line in self._all()]
+        for tier in used:
+            total, limit = format_bytes(self.num_bytes(tier)), format_bytes(self.limits.of(tier)[0])
+            rows.append(f"  {tier:<{wide}}{'predicted peak':<34}{total:>12}  of {limit}")
+        if self.limits.cxl.simulated:
+            rows.append(f"  {self.limits.cxl.describe()}")
         if self.prediction:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
@@ -99,7 +113,7 @@ class MemoryPlan:
 
     def _all(self) -> list[Line]:
         lines = [line for line in (*self.lines, *self.activations) if line.num_bytes]
-        return sorted(lines, key=lambda line: TIERS.index(line.tier))
+        return sorted(lines, key=lambda line: self.limits.tiers.index(line.tier))
 
     def with_activations(self, lines: Sequence[Line], prediction: StepPrediction | None = None) -> MemoryPlan:
         """This plan for a known batch shape."""
@@ -122,6 +136,7 @@ class MemoryNeeds:
     master: MasterFormat = MasterFormat.split
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
     saving: int = 0  # bytes that checkpoints are written from
+    cxl: CxlTier = NO_CXL
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -133,9 +148,13 @@ class MemoryNeeds:
         """States of blocks that are on nvme."""
         return on_tier(self.placed, Tier.nvme)
 
-    def tier(self, state: State, block: int) -> Tier:
-        """Where a state of a block is."""
-        return Tier.hbm if block in self.in_hbm else self.placed.get((state.name, block), Tier.dram)
+    def tier(self, state: str, block: int) -> Tier:
+        """Where a state of a block, or its gradient, is."""
+        return Tier.hbm if block in self.in_hbm else self.placed.get((state, block), Tier.dram)
+
+    def nodes(self, state: str, block: int) -> tuple[int, ...]:
+        """NUMA nodes that a state on the host is striped over; none: the kernel decides."""
+        return self.cxl.nodes_of(self.tier(state, block))
 
 
 def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
@@ -152,12 +171,11 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
 
 def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     """The fixed memory of an engine, by tier and purpose."""
-    on_host = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
     on_device = [lay for lay in needs.layouts if lay.index in needs.in_hbm]
     gradients = "gradients" if needs.keeps_gradients else "gradient ring"
     lines = [
-        *_state_lines(needs, Tier.dram, "host"),
-        Line("host", gradients, _gradient_bytes(needs, on_host)),
+        *_state_lines(needs),
+        *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         *_nvme_lines(needs),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
@@ -174,21 +192,40 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-def _state_lines(needs: MemoryNeeds, tier: Tier, name: str) -> list[Line]:
-    """What one tier of the host holds of every kind of state."""
-    kinds = {
+def _state_lines(needs: MemoryNeeds) -> list[Line]:
+    """What dram and cxl hold of every kind of state."""
+    return [
+        line
+        for purpose, states in _kinds(needs).items()
+        for line in host_lines(needs.cxl, purpose, *(_held(needs, states, tier) for tier in ON_HOST))
+    ]
+
+
+def _kinds(needs: MemoryNeeds) -> dict[str, Sequence[State]]:
+    """The states that share a line of the plan."""
+    return {
         "weights (bf16)": [s for s in needs.states if s.name == "weights"],
         "residual (low halves)": [s for s in needs.states if s.name == "residual"],
         f"exp_avg, exp_avg_sq ({MOMENTS_LABEL[needs.moments]})": MOMENTS[needs.moments],
     }
-    return [
-        Line(
-            name,
-            purpose,
-            sum(s.num_bytes(lay) for s in of for lay in needs.layouts if needs.tier(s, lay.index) is tier),
-        )
-        for purpose, of in kinds.items()
-    ]
+
+
+def _held(needs: MemoryNeeds, states: Sequence[State], tier: Tier) -> int:
+    """Bytes of these states on one tier of the host."""
+    of_tier = ((s, lay) for s in states for lay in needs.layouts if needs.tier(s.name, lay.index) is tier)
+    return sum(s.num_bytes(lay) for s, lay in of_tier)
+
+
+def host_lines(cxl: CxlTier, purpose: str, dram: int, on_cxl: int) -> list[Line]:
+    """The lines of what lies in dram and on cxl; interleaving moves a share of both."""
+    away = on_cxl + int(cxl.share * dram)
+    lines = [Line("host", purpose, dram + on_cxl - away)]
+    return [*lines, Line(cxl.name, purpose, away)] if away else lines
+
+
+def _of_tier(needs: MemoryNeeds, tier: Tier) -> list[BlockLayout]:
+    """Blocks whose gradients are there."""
+    return [lay for lay in needs.layouts if needs.tier(GRADS, lay.index) is tier]
 
 
 def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
@@ -196,7 +233,7 @@ def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
     states, layouts, places = needs.states, needs.layouts, needs.on_nvme
     if not places:
         return []
-    lines = _state_lines(needs, Tier.nvme, "nvme")
+    lines = [Line("nvme", purpose, _held(needs, kind, Tier.nvme)) for purpose, kind in _kinds(needs).items()]
     padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
     loaded = loaded_states(states, needs.compute_dtype)
     return [
@@ -257,8 +294,8 @@ def gradient_slot_elements(
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:
     """Raise BudgetError when a tier's planned bytes exceed its limit."""
-    for tier, slack in (("host", PROCESS_DRIFT), ("device", 0), ("nvme", 0)):
-        need, (limit, key) = plan.num_bytes(tier), plan.limits.of(tier)
+    for tier in plan.limits.tiers:
+        need, (limit, key), slack = plan.num_bytes(tier), plan.limits.of(tier), PROCESS_DRIFT if tier == "host" else 0
         if need > limit:
             kind = "space" if tier == "nvme" else "memory"
             parts = ", ".join(

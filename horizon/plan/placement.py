@@ -21,6 +21,8 @@ from horizon.config.schema import MasterFormat, MemoryConfig, Moments, Policy, T
 from horizon.config.values import choice
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
+from horizon.plan.cxl import POLICIES as CXL_POLICIES
+from horizon.plan.levels import fill_dram
 from horizon.plan.memory import Limits, MemoryNeeds
 from horizon.plan.policies import POLICY_RULES, apply_rules, read_rules, spill, tier_bytes
 from horizon.units import GIB
@@ -53,6 +55,8 @@ class Placer:
 
         States on other tiers of the host are placed once, and no block moves after that.
         """
+        if self.policy is Policy.cxl_aware:  # again where gradients have grown: they come after all states
+            return fill_dram(replace(needs, in_hbm=frozenset()), limits)
         if needs.placed:
             return needs
         if self.rules or self.policy in POLICY_RULES:
@@ -78,7 +82,8 @@ class Placer:
 
     def make_room(self, needs: MemoryNeeds, limits: Limits, reserve: int) -> MemoryNeeds:
         """As `place`, but no block moves to HBM that is not there already."""
-        return replace(needs, in_hbm=needs.in_hbm & self.place(needs, limits, reserve).in_hbm)
+        placed = self.place(needs, limits, reserve)
+        return replace(placed, in_hbm=needs.in_hbm & placed.in_hbm)
 
 
 def read_policy(
@@ -105,6 +110,8 @@ def read_policy(
         raise ConfigError(f"memory.hbm_blocks={wanted} with {by}; use memory.policy=auto alone")
     if rules and policy is Policy.hbm_first:
         raise ConfigError("memory.rules with memory.policy=hbm_first: rules say what is in hbm; use memory.policy=auto")
+    if rules and policy in CXL_POLICIES:
+        raise ConfigError(f"memory.rules with memory.policy={policy}: rules say what is on cxl; use memory.policy=auto")
     by_rule = any(rule.tier is Tier.hbm for rule in rules)
     if (wanted or by_rule or policy is Policy.hbm_first) and not can_update:
         raise ConfigError("blocks in HBM are updated with Triton, which is not installed here; use memory.policy=dram")

@@ -30,7 +30,12 @@ class Recording:
 
 @contextmanager
 def record_steps(
-    streams: Streams, blocks: Sequence[str], least: Least, trace: Path | None, picture: Path | None
+    streams: Streams,
+    blocks: Sequence[str],
+    least: Least,
+    trace: Path | None,
+    picture: Path | None,
+    note: str = "",
 ) -> Iterator[Recording]:
     """Record while open; then write what was asked for. After an error nothing is written.
 
@@ -38,6 +43,7 @@ def record_steps(
         blocks: names, for the files.
         least: bytes that a step must move.
         trace, picture: files to write.
+        note: what follows their title.
     """
     if picture is not None:
         require_matplotlib()
@@ -54,6 +60,6 @@ def record_steps(
         raise HorizonError("no step ended while steps were recorded: take at least one inside the trace")
     recording.split = split_of(recording.steps, least)
     if trace is not None:
-        write_trace(recording.steps, blocks, trace)
+        write_trace(recording.steps, blocks, trace, f"horizon{note}")
     if picture is not None:
-        draw_step(recording.steps[len(recording.steps) // 2], picture)
+        draw_step(recording.steps[len(recording.steps) // 2], picture, f"horizon{note}")

@@ -45,15 +45,15 @@ def lanes(steps: Sequence[StepTimeline]) -> list[str]:
     return [HOST, FETCH, COMPUTE, DRAIN, *sorted(threads, key=lambda name: (len(name), name))]
 
 
-def write_trace(steps: Sequence[StepTimeline], blocks: Sequence[str], path: Path) -> None:
+def write_trace(steps: Sequence[StepTimeline], blocks: Sequence[str], path: Path, title: str = "horizon") -> None:
     """Write trace events (https://perfetto.dev opens them); times in microseconds from the first step's start."""
-    events = list(_events(steps, blocks))
+    events = list(_events(steps, blocks, title))
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
 
 
-def _events(steps: Sequence[StepTimeline], blocks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _events(steps: Sequence[StepTimeline], blocks: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
     rows = {lane: row for row, lane in enumerate(["step", *lanes(steps)])}
-    yield {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": "horizon"}}
+    yield {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": name}}
     for lane, row in rows.items():
         yield {"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": lane}}
         yield {"ph": "M", "pid": 0, "tid": row, "name": "thread_sort_index", "args": {"sort_index": row}}
@@ -73,7 +73,7 @@ def _bar(row: int, name: str, category: str, start: float, end: float, args: dic
     return {"ph": "X", "pid": 0, "tid": row, "name": name, "cat": category, **times, "args": args}
 
 
-def draw_step(step: StepTimeline, path: Path) -> None:
+def draw_step(step: StepTimeline, path: Path, title: str = "horizon") -> None:
     """Draw one step's lanes as a PNG.
 
     Raises:
@@ -98,7 +98,7 @@ def draw_step(step: StepTimeline, path: Path) -> None:
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, (step.end - step.start) * 1e3)
-    axes.set_xlabel("ms since the step before ended")
+    axes.set_xlabel(f"ms since the step before ended ({title})")
     handles = [Patch(color=COLORS[kind], label=_label(kind)) for kind in COLORS if kind in seen]
     axes.legend(handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     figure.savefig(path, dpi=120)

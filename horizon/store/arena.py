@@ -1,4 +1,7 @@
-"""Host memory for states: anonymous huge-page mappings, touched in parallel, registered with CUDA by region.
+"""Host memory for states: anonymous huge-page mappings on chosen NUMA nodes, registered with CUDA by region.
+
+The order of a mapping's life is that of `horizon.store.numa`: mapped, huge pages asked for, bound to its nodes, touched
+by all cores, looked up, registered.
 
 Where CUDA refuses to register a region, all of the arena stays pageable, and the log says so: the host then waits for
 copies from and to it.
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from horizon.errors import BudgetError
+from horizon.store import numa
 from horizon.units import GIB, MIB, align_up, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -36,20 +40,22 @@ class Arena:
         sizes: bytes of each region; zero is allowed.
         purpose: named in errors.
         pin: register with CUDA, so that copies to and from the device are asynchronous.
+        nodes: NUMA nodes that the pages come from, in turn; none: where the kernel puts them.
 
     Attributes:
         pinned: they are.
 
     Raises:
-        BudgetError: the operating system refuses the memory.
+        BudgetError: the operating system refuses the memory, or the nodes have no room.
+        ConfigError: memory cannot be bound to these nodes.
     """
 
-    def __init__(self, sizes: Sequence[int], purpose: str, pin: bool):
+    def __init__(self, sizes: Sequence[int], purpose: str, pin: bool, nodes: Sequence[int] = ()):
         self._mappings: list[mmap.mmap] = []
         self._registered: list[int] = []
         self._views: list[Tensor] = []
         self._places: list[tuple[mmap.mmap, int]] = []  # of each region: its mapping, and where it starts there
-        self.pinned = pin
+        self.pinned, self.nodes = pin, tuple(nodes)
         try:
             for piece in _pieces([align_up(size, REGION_ALIGN) for size in sizes]):
                 self._map(piece, purpose)
@@ -77,8 +83,12 @@ class Arena:
             except OSError:
                 logger.debug("huge pages are not available for %s", purpose)
         flat = torch.frombuffer(mapping, dtype=torch.uint8)
-        if self.pinned:
+        if self.nodes:
+            numa.bind(flat.data_ptr(), num_bytes, self.nodes, purpose)
+        if self.nodes or self.pinned:
             flat.zero_()  # first touch by all cores; registration alone would fault pages in on one
+        if self.nodes:
+            numa.verify(flat.data_ptr(), num_bytes, self.nodes, purpose)
         start = 0
         for view in torch.split(flat[: sum(sizes)], sizes):
             self._views.append(view)

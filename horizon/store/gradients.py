@@ -17,8 +17,8 @@ from torch import Tensor
 
 from horizon.errors import HorizonError
 from horizon.layout import BlockLayout
-from horizon.plan.memory import RING_BUFFERS, MemoryNeeds
-from horizon.store.tiers import NOWHERE, TieredState
+from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
+from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 
 CPU = torch.device("cpu")
 
@@ -62,9 +62,12 @@ class KeptGradients:
         pin: bool,
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
+        nodes: Nodes = anywhere,
     ):
         self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
-        self._buffers = TieredState([lay.num_trainable for lay in layouts], dtype, "grads", pin, device, in_hbm)
+        self._buffers = TieredState(
+            [lay.num_trainable for lay in layouts], dtype, GRADS, pin, device, in_hbm, nodes=nodes
+        )
 
     def claim(self, block: int) -> Tensor:
         return self._buffers.blocks[block]
@@ -104,8 +107,9 @@ class RingGradients:
         num_buffers: int,
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
+        nodes: Nodes = anywhere,
     ):
-        self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
+        self.dtype, self.in_hbm, self._nodes = dtype, frozenset(in_hbm), nodes
         self._pin, self._num_buffers, self._device = pin, num_buffers, device
         self._sizes = [lay.num_trainable for lay in layouts]
         self._claimed: dict[int, Tensor] = {}
@@ -118,7 +122,9 @@ class RingGradients:
         on_device = max((self._sizes[b] for b in self.in_hbm), default=0)
         num = self._num_buffers
         numels, in_hbm = [on_host] * num + [on_device] * num, set(range(num, 2 * num))
-        self._buffers = TieredState(numels, self.dtype, "grads", self._pin, self._device, in_hbm)
+        away = next((b for b in range(len(self._sizes)) if b not in self.in_hbm), 0)  # all its blocks are on one tier
+        nodes = self._nodes(GRADS, away)
+        self._buffers = TieredState(numels, self.dtype, GRADS, self._pin, self._device, in_hbm, nodes=lambda *_: nodes)
         self._free = {False: self._buffers.blocks[:num], True: self._buffers.blocks[num:]}  # by: on the device
 
     def claim(self, block: int) -> Tensor:
@@ -161,5 +167,5 @@ class RingGradients:
 def make_buffers(needs: MemoryNeeds, pin: bool, device: torch.device) -> KeptGradients | RingGradients:
     """The buffers that the plan has counted."""
     if needs.keeps_gradients:
-        return KeptGradients(needs.layouts, needs.grad_dtype, pin, device, needs.in_hbm)
-    return RingGradients(needs.layouts, needs.grad_dtype, pin, RING_BUFFERS, device, needs.in_hbm)
+        return KeptGradients(needs.layouts, needs.grad_dtype, pin, device, needs.in_hbm, needs.nodes)
+    return RingGradients(needs.layouts, needs.grad_dtype, pin, RING_BUFFERS, device, needs.in_hbm, needs.nodes)

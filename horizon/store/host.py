@@ -34,7 +34,7 @@ from horizon.store.loads import StagedLoads
 from horizon.store.nvme import Move, NvmeTier, Observer, as_bytes, open_nvme
 from horizon.store.pages import UpdatePages
 from horizon.store.split import join_master, split_master
-from horizon.store.tiers import NOWHERE, TieredState
+from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 from horizon.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,9 @@ class HostStore:
         placed: Placement | None = None,
         nvme_dir: str | None = None,
         nvme_engine: NvmeEngine = NvmeEngine.auto,
+        nodes: Nodes = anywhere,
     ):
+        self._nodes = nodes
         self.layouts = tuple(layouts)
         self.in_hbm = frozenset(in_hbm)
         self.on_nvme = on_tier(placed or {}, Tier.nvme)
@@ -116,7 +118,9 @@ class HostStore:
     def _allocate(self, state: State, pin: bool) -> list[Tensor]:
         numels = [state.numel(lay) for lay in self.layouts]
         on_nvme = {block for block in range(len(numels)) if (state.name, block) in self.on_nvme}
-        self._states[state.name] = TieredState(numels, state.dtype, state.name, pin, self._device, self.in_hbm, on_nvme)
+        self._states[state.name] = TieredState(
+            numels, state.dtype, state.name, pin, self._device, self.in_hbm, on_nvme, self._nodes
+        )
         return self._states[state.name].blocks
 
     def _stage_loads(self, loaded: Sequence[State], pin: bool) -> None:

@@ -17,10 +17,10 @@ from horizon.units import align_up
 
 
 class OffloadSpace:
-    """Byte regions on the host for offloaded boundaries."""
+    """Byte regions on the host for offloaded boundaries; `nodes`: NUMA nodes of its own memory."""
 
-    def __init__(self, pin: bool):
-        self._pin = pin
+    def __init__(self, pin: bool, nodes: Sequence[int] = ()):
+        self._pin, self._nodes = pin, nodes
         self._own: Arena | None = None
 
     def regions(self, sizes: Mapping[Key, int], idle: Sequence[Tensor]) -> dict[Key, list[Tensor]]:
@@ -48,7 +48,7 @@ class OffloadSpace:
         if self._own is None or sum(region.numel() for region in self._own.regions) < num_bytes:
             self.close()
             sizes = [min(PIECE, num_bytes - start) for start in range(0, num_bytes, PIECE)]
-            self._own = Arena(sizes, "offloaded activations", self._pin)
+            self._own = Arena(sizes, "offloaded activations", self._pin, self._nodes)
         return self._own.regions
 
     def close(self) -> None:

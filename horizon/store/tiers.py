@@ -7,7 +7,7 @@ On CPU the `hbm` tier is ordinary memory, so that what moves blocks and updates 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from horizon.store.arena import Arena
 from horizon.units import format_bytes
 
 NOWHERE: frozenset[int] = frozenset()
+Nodes = Callable[[str, int], tuple[int, ...]]  # NUMA nodes of a state of a block; none: where the kernel puts it
+
+
+def anywhere(state: str, block: int) -> tuple[int, ...]:
+    """Host memory without a choice of nodes."""
+    return ()
 
 
 class TieredState:
@@ -24,36 +30,50 @@ class TieredState:
 
     Args:
         numels: elements of each block.
-        purpose: named in errors.
+        purpose: named in errors, and in the question to `nodes`.
         pin: register what lies on the host with CUDA.
         device: whose memory the hbm tier is.
         in_hbm: blocks that lie there.
         on_nvme: blocks that have nothing here, and stay where they are.
+        nodes: NUMA nodes of each other block.
 
     Attributes:
         blocks: the tensors by block number; the list stays the same when blocks move.
 
     Raises:
         BudgetError: a tier has no room.
+        ConfigError: memory cannot be bound to the nodes.
     """
 
     def __init__(
         self, numels: Sequence[int], dtype: torch.dtype, purpose: str, pin: bool, device: torch.device,
-        in_hbm: Set[int], on_nvme: Set[int] = NOWHERE,
+        in_hbm: Set[int], on_nvme: Set[int] = NOWHERE, nodes: Nodes = anywhere,
     ):  # fmt: skip
         numels = [0 if block in on_nvme else num for block, num in enumerate(numels)]
         self._numels, self._dtype, self._purpose, self._pin, self._device = numels, dtype, purpose, pin, device
-        sizes = [0 if b in in_hbm else n * dtype.itemsize for b, n in enumerate(numels)]
-        arena = Arena(sizes, purpose, pin)
-        self._arenas = [arena]
-        self._homes = {b: (arena, b) for b in range(len(numels)) if b not in in_hbm}  # arena and region on the host
+        self._nodes = nodes
+        self._arenas: list[Arena] = []
+        self._homes: dict[int, tuple[Arena, int]] = {}  # arena and region on the host
         self.blocks: list[Tensor] = []
         try:
-            for block, region in enumerate(arena.regions):
-                self.blocks.append(self._on_device(block) if block in in_hbm else region.view(dtype))
+            self._allocate(in_hbm)
         except BaseException:
             self.close()
             raise
+
+    def _allocate(self, in_hbm: Set[int]) -> None:
+        """One arena for the blocks on the same nodes."""
+        of_nodes: dict[tuple[int, ...], list[int]] = {}
+        for block in range(len(self._numels)):
+            if block not in in_hbm:
+                of_nodes.setdefault(self._nodes(self._purpose, block), []).append(block)
+        for nodes, blocks in of_nodes.items():
+            sizes = [self._numels[block] * self._dtype.itemsize for block in blocks]
+            self._arenas.append(Arena(sizes, self._purpose, self._pin, nodes))
+            self._homes |= {block: (self._arenas[-1], region) for region, block in enumerate(blocks)}
+        for block in range(len(self._numels)):
+            arena, region = self._homes.get(block, (None, 0))
+            self.blocks.append(self._on_device(block) if arena is None else arena.regions[region].view(self._dtype))
 
     @property
     def num_bytes(self) -> int:
@@ -74,7 +94,8 @@ class TieredState:
     def _move(self, block: int) -> None:
         home = self._homes.get(block)
         if home is None:
-            arena = Arena([self._numels[block] * self._dtype.itemsize], self._purpose, self._pin)
+            nodes = self._nodes(self._purpose, block)
+            arena = Arena([self._numels[block] * self._dtype.itemsize], self._purpose, self._pin, nodes)
             self._arenas.append(arena)
             self.blocks[block] = arena.regions[0].view(self._dtype).copy_(self.blocks[block])
             self._homes[block] = arena, 0

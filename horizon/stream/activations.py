@@ -39,16 +39,18 @@ class Activations:
         on_cpu: `recompute=auto` is then `full`, for memory is what is scarce there.
         recompute: as configured.
         token_bytes: bytes of one token's hidden state.
+        nodes: NUMA nodes of what leaves the device; none: where the kernel puts it.
     """
 
     def __init__(
-        self, working_set: WorkingSetOf, streams: Streams, on_cpu: bool, recompute: Recompute, token_bytes: int
-    ):
+        self, working_set: WorkingSetOf, streams: Streams, on_cpu: bool, recompute: Recompute, token_bytes: int,
+        nodes: Sequence[int] = (),
+    ):  # fmt: skip
         self._working_set_of, self._streams, self._token_bytes = working_set, streams, token_bytes
         self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
         self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
-        self._offload = OffloadSpace(not on_cpu)
+        self._offload = OffloadSpace(not on_cpu, nodes)
 
     @property
     def kinds(self) -> frozenset[Recompute]:

@@ -327,6 +327,9 @@ def _refuse_what_has_no_use(memory: MemoryConfig) -> None:
         ("hbm_blocks", memory.hbm_blocks, None),
         ("nvme_dir", memory.nvme_dir, None),
         ("update_threads", memory.update_threads, None),
+        ("cxl_nodes", memory.cxl_nodes, "auto"),
+        ("cxl_budget", memory.cxl_budget, "auto"),
+        ("cxl_simulated.size", memory.cxl_simulated.size, None),
     ):
         if value != default:
             raise ConfigError(f"memory.{key}={value} has no use in zeroth-order steps; leave it at {default or 'null'}")

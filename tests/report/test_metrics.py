@@ -12,7 +12,7 @@ from horizon.report.metrics import MetricsWriter
 ROW = StepRow(
     step=1, epoch=0, loss=2.5, lr=1e-3, grad_norm=0.75, num_tokens=2048, num_trained_tokens=2000, seconds=0.5,
     tokens_per_s=4096.0, host_bytes=3 << 30, device_bytes=5 << 20, skipped=False, clip_scale=1.0, corrected_blocks=0,
-    projected_gradients=[], time=1.7e9,
+    projected_gradients=[], simulated=False, time=1.7e9,
 )  # fmt: skip
 
 

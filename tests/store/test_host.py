@@ -109,10 +109,10 @@ def test_when_one_state_does_not_fit_the_others_are_given_back(monkeypatch):
     closed = []
 
     class Arena(tiers.Arena):
-        def __init__(self, sizes, purpose, pin):
+        def __init__(self, sizes, purpose, pin, nodes):
             if purpose == "exp_avg_sq":
                 raise MemoryError
-            super().__init__(sizes, purpose, pin)
+            super().__init__(sizes, purpose, pin, nodes)
             self.purpose = purpose
 
         def close(self):

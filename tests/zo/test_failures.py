@@ -64,6 +64,11 @@ def test_an_eps_that_rounds_away_is_refused(master, compute_dtype, eps):
         ({"memory": horizon.MemoryConfig(policy="hbm_first")}, "memory.policy=hbm_first has no use"),
         ({"memory": horizon.MemoryConfig(hbm_blocks=1)}, "memory.hbm_blocks=1 has no use"),
         ({"memory": horizon.MemoryConfig(update_threads=1)}, "memory.update_threads=1 has no use"),
+        ({"memory": horizon.MemoryConfig(cxl_nodes=[1])}, "memory.cxl_nodes=\\[1\\] has no use"),
+        (
+            {"memory": horizon.MemoryConfig(cxl_simulated=horizon.SimulatedCxl(size="1GiB"))},
+            "cxl_simulated.size=1GiB has",
+        ),
         ({"memory": horizon.MemoryConfig(weight_slots=0)}, "memory.weight_slots"),
     ],
     ids=str,

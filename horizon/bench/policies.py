@@ -1,0 +1,86 @@
+"""Steps of a small model under each policy of placement: what the plan said they would take, and what they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from horizon.config.schema import MemoryConfig, Policy, SimulatedCxl
+from horizon.engine import Engine
+from horizon.errors import BudgetError, ConfigError
+from horizon.optim.adamw import AdamW
+from horizon.plan.cxl import POLICIES
+from horizon.plan.machine import host_overhead, resolve_device
+from horizon.report.measurements import Row, Skipped
+from horizon.units import MIB
+
+STATES_KEPT = 10  # bytes a parameter that cxl_aware may have in DRAM: moments and residual; the rest spills
+MARGIN = 24 * MIB  # by which the process itself grows while an engine is built
+UNPREDICTED = 1  # steps that take pages and compile
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model and a step."""
+
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    rows: int
+    seq_len: int
+    steps: int
+
+    @property
+    def config(self) -> dict[str, object]:
+        """For transformers."""
+        return {
+            "model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.hidden_size * 8 // 3,
+            "num_hidden_layers": self.num_layers, "num_attention_heads": self.hidden_size // 64,
+            "num_key_value_heads": self.hidden_size // 64, "vocab_size": self.vocab_size,
+        }  # fmt: skip
+
+
+def policies(shape: Shape, simulated_gb_per_s: float) -> Iterator[Row | Skipped]:
+    """A row for each policy, or why this machine cannot follow it.
+
+    Args:
+        simulated_gb_per_s: of a stand-in for the cxl tier; 0: its nodes.
+    """
+    num_parameters = 0
+    for policy in Policy:
+        memory, overhead = MemoryConfig(policy=policy), host_overhead(resolve_device("auto"))
+        if policy in POLICIES:
+            if simulated_gb_per_s:
+                memory.cxl_simulated = SimulatedCxl(size="4GiB", gb_per_s=simulated_gb_per_s)
+            if policy is Policy.cxl_aware:
+                memory.host_budget = str(overhead + MARGIN + STATES_KEPT * num_parameters)
+        try:
+            with Engine.from_config(
+                shape.config, optimizer=AdamW(lr=1e-5), memory=memory, self_check=False, max_grad_norm=1.0
+            ) as engine:
+                num_parameters = max(num_parameters, engine.plan.num_parameters)
+                yield _row(engine, policy, shape)
+        except (ConfigError, BudgetError) as error:
+            yield Skipped(test="step", place=policy, reason=str(error))
+
+
+def _row(engine: Engine, policy: Policy, shape: Shape) -> Row:
+    rows = engine.plan_micro_batch(shape.rows, shape.seq_len)
+    predicted, cxl = engine.plan.prediction, engine.plan.limits.cxl
+    dice = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, shape.vocab_size, (shape.rows, shape.seq_len), generator=dice)
+    batches = [{"input_ids": part, "labels": part} for part in torch.split(tokens, rows)]
+    times = []
+    for _ in range(shape.steps + UNPREDICTED):
+        started = time.perf_counter()
+        engine.step(batches)
+        times.append(time.perf_counter() - started)  # the next step waits for this one's update
+    settings = {"parameters": engine.plan.num_parameters, "tokens": shape.rows * shape.seq_len}
+    also = {"on_cxl_bytes": float(engine.plan.num_bytes(cxl.name))} if cxl.num_bytes else {}
+    if predicted is not None:
+        also["planned_s"] = predicted.seconds
+    name = f"{policy} (simulated)" if cxl.simulated else str(policy)
+    return Row.of("step", name, settings, "s", times[UNPREDICTED:], also=also, simulated=cxl.simulated)

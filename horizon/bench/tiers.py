@@ -1,0 +1,147 @@
+"""`horizon bench tiers`: what every tier of this machine gives, test by test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from horizon.bench.disk import PLACE as DISK
+from horizon.bench.disk import disk
+from horizon.bench.link import link
+from horizon.bench.machine import describe_run
+from horizon.bench.memory import Effort, bandwidth, latency, loaded_latency
+from horizon.bench.places import Place, find_places, find_processors, simulated_place
+from horizon.bench.policies import Shape, policies
+from horizon.bench.update import update
+from horizon.errors import BudgetError, DataError
+from horizon.optim.threads import available_cores
+from horizon.plan.topology import read_topology
+from horizon.report.measurements import Measurements, Row, Skipped
+from horizon.store.numa import bindable
+from horizon.units import GIB, KIB, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured; the names of what follows each test."""
+
+    memory: Effort
+    link_sizes: tuple[int, ...]
+    disk_bytes: int
+    depths: tuple[int, ...]
+    disk_blocks: tuple[int, ...]
+    disk_seconds: float
+    parameters: tuple[int, ...]
+    shape: Shape
+    repeats: int
+
+
+FULL = Plan(
+    memory=Effort(
+        size=GIB, latency_sizes=(32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB), loads=400_000,
+        blocks=(4 * KIB, 64 * KIB, MIB, 16 * MIB), pauses_us=(2000.0, 500.0, 200.0, 50.0, 0.0), repeats=7,
+    ),
+    link_sizes=(MIB, 16 * MIB, 256 * MIB), disk_bytes=GIB, depths=(1, 2, 4, 8, 16, 32),
+    disk_blocks=(4 * KIB, 64 * KIB, MIB, 16 * MIB), disk_seconds=1.0,
+    parameters=(1_000_000, 4_000_000, 16_000_000, 64_000_000, 200_000_000),
+    shape=Shape(hidden_size=512, num_layers=8, vocab_size=8192, rows=4, seq_len=128, steps=6), repeats=5,
+)  # fmt: skip
+QUICK = Plan(
+    memory=Effort(
+        size=256 * MIB, latency_sizes=(32 * KIB, 2 * MIB, 256 * MIB), loads=100_000,
+        blocks=(4 * KIB, MIB), pauses_us=(1000.0, 100.0, 0.0), repeats=3,
+    ),
+    link_sizes=(16 * MIB, 256 * MIB), disk_bytes=128 * MIB, depths=(1, 8), disk_blocks=(64 * KIB, 16 * MIB),
+    disk_seconds=0.3, parameters=(1_000_000, 16_000_000),
+    shape=Shape(hidden_size=512, num_layers=6, vocab_size=4096, rows=2, seq_len=32, steps=3), repeats=3,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command was asked for."""
+
+    plan: Plan
+    disk_folder: Path
+    simulated_gb_per_s: float | None  # None: a quarter of DRAM where no memory-only node is; 0: no stand-in
+    command: Sequence[str]
+
+
+SIMULATED_SHARE = 0.25  # of what updates in DRAM reach: about what AdamW out of cache was seen to lose on CXL
+
+
+def measure_tiers(options: Options, say: Callable[[str], None]) -> Measurements:
+    """Measure everything that this machine has; `say` hears what is being measured."""
+    started, topology = time.perf_counter(), read_topology()
+    bound = bindable()
+    places = find_places(topology, bound)
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    if not any(place.cxl for place in places):
+        far = any(node.memory_only for node in topology.nodes)
+        reason = "this process may not choose NUMA nodes" if far and not bound else "no memory-only NUMA node here"
+        skipped.append(Skipped(test="cxl", place="cxl", reason=f"{reason}, found {topology}"))
+    for test, place, measured in _tests(options, places, rows):
+        say(f"{test}: {place}")
+        try:
+            for one in measured:
+                if isinstance(one, Skipped):
+                    skipped.append(one)
+                else:
+                    rows.append(one)
+        except (BudgetError, DataError) as error:
+            skipped.append(Skipped(test=test, place=place, reason=str(error)))
+    seconds = time.perf_counter() - started
+    return Measurements(describe_run(options.command, topology, seconds), tuple(rows), tuple(skipped))
+
+
+def _tests(
+    options: Options, places: Sequence[Place], rows: Sequence[Row]
+) -> Iterator[tuple[str, str, Iterator[Row | Skipped]]]:
+    """(test, place, its rows), each begun when it is asked for; `rows`: those so far."""
+    plan, topology = options.plan, read_topology()
+    for processors in find_processors(topology):
+        threads = _threads(len(processors.cpus))
+        for place in places:
+            yield "latency", place.name, latency(place, processors, plan.memory)
+            yield "bandwidth", place.name, bandwidth(place, processors, plan.memory, threads)
+            if len(processors.cpus) > 1:
+                yield "loaded latency", place.name, loaded_latency(place, processors, plan.memory)
+    if torch.cuda.is_available():
+        for place in places:
+            yield "link", place.name, link(place, plan.link_sizes, plan.repeats)
+    else:
+        yield "link", "hbm", iter([Skipped(test="link", place="hbm", reason="no CUDA device here")])
+    yield (
+        "disk", DISK,
+        disk(options.disk_folder, plan.disk_bytes, plan.depths, plan.disk_blocks, plan.repeats, plan.disk_seconds),
+    )  # fmt: skip
+    threads = _threads(available_cores())
+    for place in places:
+        yield "adamw", place.name, update(place, places[0], plan.parameters, threads, plan.repeats)
+    simulated = _simulated_gb_per_s(options.simulated_gb_per_s, places, rows)
+    if simulated:
+        place = simulated_place(simulated)
+        yield "adamw", place.name, update(place, places[0], plan.parameters, threads, plan.repeats)
+    yield "step", "each policy", policies(plan.shape, simulated)
+
+
+def _simulated_gb_per_s(wanted: float | None, places: Sequence[Place], rows: Sequence[Row]) -> float:
+    """Of a stand-in for the cxl tier; 0: none."""
+    if wanted is not None:
+        return wanted
+    if any(place.cxl for place in places):
+        return 0.0
+    updates = [row for row in rows if row.test == "adamw"]
+    largest = max(row.settings["parameters"] for row in updates)
+    reached = max(row.also["gb_per_s"] for row in updates if row.settings["parameters"] == largest)
+    return round(SIMULATED_SHARE * reached, 1)
+
+
+def _threads(num_cpus: int) -> list[int]:
+    """1, 2, 4 ... and all of them."""
+    return sorted({num_cpus, *(1 << i for i in range(num_cpus.bit_length()) if 1 << i <= num_cpus)})

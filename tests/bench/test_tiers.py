@@ -1,0 +1,231 @@
+"""`horizon bench tiers` as a whole, as small as it goes, and the page it writes."""
+
+import base64
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+
+from horizon.bench import tiers
+from horizon.bench.places import Place, simulated_place
+from horizon.bench.policies import Shape
+from horizon.bench.tiers import Options, Plan, measure_tiers
+from horizon.bench.update import update
+from horizon.commands import bench as command
+from horizon.config.schema import Policy
+from horizon.errors import ConfigError, DataError
+from horizon.report.charts import _nearest, _readable, charts_of
+from horizon.report.measurements import Measurements, Row
+from horizon.report.tiers import TESTS, findings, headlines, write_html, write_markdown
+from horizon.units import KIB, MIB
+from tests.bench.test_memory import TINY
+
+PLAN = Plan(
+    memory=TINY, link_sizes=(MIB,), disk_bytes=MIB, depths=(1, 2), disk_blocks=(64 * KIB,), disk_seconds=0.1,
+    parameters=(10_000, 400_000), shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2), repeats=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    options = Options(PLAN, folder, 1.0, ["horizon", "bench", "tiers", "--quick"])
+    return measure_tiers(options, lambda what: None)
+
+
+@pytest.fixture(scope="module")
+def page(measured, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "tiers.html"
+    write_html(measured, path)
+    return path.read_text()
+
+
+def test_every_test_that_the_machine_allows_has_rows_and_others_a_reason(measured):
+    missing = {test for test in TESTS if not measured.of(test)}
+    assert missing <= {"link", "loaded latency"}
+    assert all(any(one.test == test for one in measured.skipped) for test in missing & {"link"})
+    assert all(one.reason for one in measured.skipped)
+
+
+def test_every_policy_has_a_step_or_a_reason(measured):
+    steps = {row.place.removesuffix(" (simulated)"): row for row in measured.of("step")}
+    assert {*steps, *(one.place for one in measured.skipped if one.test == "step")} == set(Policy)
+    for policy in ("dram", "cxl_aware", "interleave"):
+        assert steps[policy].also["planned_s"] > 0
+        assert steps[policy].simulated is (policy != "dram")
+    assert steps["interleave"].also["on_cxl_bytes"] > 0 and "on_cxl_bytes" not in steps["dram"].also
+
+
+def test_whatever_is_simulated_says_so_in_every_file(measured, page, tmp_path):
+    marked = [row for row in measured.rows if row.simulated]
+    assert {row.test for row in marked} == {"adamw", "step"}
+    assert all("simulated" in row.place for row in marked)
+    assert "Some rows are simulated" in page and "(with a simulated tier)" in page
+    for cells in re.findall(r"<tr[^>]*>(.*?)</tr>", page):
+        if "cxl" in cells and "<td" in cells and "no memory-only" not in cells:
+            assert "simulated" in cells
+    write_markdown(measured, tmp_path / "t.md")
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert any("no measure of real CXL" in line for line in lines)
+    assert all("simulated" in line for line in lines if line.startswith("| cxl") and "no memory-only" not in line)
+
+
+def test_without_a_simulated_tier_nothing_says_so(measured, tmp_path):
+    real = replace(measured, rows=tuple(row for row in measured.rows if not row.simulated))
+    write_html(real, tmp_path / "t.html")
+    write_markdown(real, tmp_path / "t.md")
+    assert "imulated" not in re.sub(
+        r"data:[^\"]+|cxl_simulated", "", (tmp_path / "t.html").read_text().split("</style>")[1]
+    )
+    assert "simulated" not in (tmp_path / "t.md").read_text().replace("cxl_simulated", "")
+
+
+def test_the_page_needs_nothing_else(page):
+    assert not re.search(r"""(src|href|srcset)=["'](?!data:)""", page)
+    assert "@import" not in page and "url(" not in page and "<script" not in page
+    pictures = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)
+    assert len(pictures) == 2 * page.count("<figure>") >= 12  # for light pages and for dark ones
+    assert all(b"<svg" in base64.b64decode(picture) for picture in pictures)
+    assert len(set(pictures)) == len(pictures)
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_the_page_escapes_what_it_shows(measured, tmp_path):
+    odd = replace(measured, run=replace(measured.run, machine="<b>&", command="a <script> b"))
+    write_html(odd, tmp_path / "t.html")
+    assert "<script" not in (tmp_path / "t.html").read_text() and "&lt;b&gt;&amp;" in (tmp_path / "t.html").read_text()
+
+
+def test_rows_read_back_as_they_were_and_each_says_where_it_is_from(measured, tmp_path):
+    path = tmp_path / "tiers.json"
+    measured.write(path)
+    assert Measurements.read(path) == measured
+    for row in json.loads(path.read_text())["rows"]:
+        assert {"machine", "commit", "versions", "command", "n", "best", "median"} <= row.keys()
+        assert row["command"] == "horizon bench tiers --quick" and "torch" in row["versions"] and row["commit"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "rows": [{"a": 1}]}', '{"format": 9}']
+)
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"x\.json (is not a file that|has format 9)"):
+        Measurements.read(path)
+    with pytest.raises(DataError, match="cannot read"):
+        Measurements.read(tmp_path / "none.json")
+
+
+def test_a_simulated_tier_is_no_faster_than_it_says():
+    for row in update(simulated_place(0.5), Place("dram"), [200_000], [1, 2], repeats=2):
+        share = 26 if row.settings["states"] == "all" else 2
+        assert row.best * share <= 0.5 * 1.01
+
+
+def test_the_default_of_the_simulated_tier_is_a_share_of_the_largest_update(measured):
+    largest = [r for r in measured.of("adamw") if r.place == "dram node 0" and r.settings["parameters"] == 400_000]
+    best = max(row.also["gb_per_s"] for row in largest)
+    rows = [row for row in measured.rows if not row.simulated]
+    assert tiers._simulated_gb_per_s(None, [Place("dram")], rows) == round(best / 4, 1)
+    assert tiers._simulated_gb_per_s(None, [Place("dram"), Place("cxl node 1", (1,), True)], rows) == 0.0
+    assert tiers._simulated_gb_per_s(0.0, [Place("dram")], rows) == 0.0
+
+
+# ---- the command
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(command, "QUICK", PLAN)
+
+
+def test_the_command_writes_three_files(quick, tmp_path, capsys):
+    assert command.run(["tiers", "--quick", "--out", str(tmp_path / "a" / "b"), "--simulate", "0"]) == 0
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"tiers.html", "tiers.md", "tiers.json"}
+    shown = capsys.readouterr()
+    assert re.match(r"\d+ rows in \d+ s\nhtml .*tiers\.html\nmd .*\njson .*\n", shown.out)
+    assert (
+        "measuring adamw: dram node 0" in shown.err
+        and "not measured: step, cxl_aware: memory.cxl_nodes=auto" in shown.err
+    )
+
+
+@pytest.mark.parametrize("name", ["jinja2", "matplotlib"])
+def test_a_missing_library_is_told_before_anything_is_measured(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(command, "measure_tiers", lambda *_: pytest.fail("measured"))
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("horizon.report.charts.find_spec", lambda wanted: None if wanted == name else True)
+    with pytest.raises(
+        ConfigError, match=rf"a report needs {name}, which is not installed: pip install 'horizon\[report\]'"
+    ):
+        command.run(["tiers", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiers", "--simulate", "-1"], r"--simulate=-1\.0: expected GB/s"),
+        (["tiers", "--fast"], r"unrecognized arguments: --fast \(horizon bench --help\)"),
+        (["levels"], r"invalid choice: 'levels'"),
+        ([], r"required: what"),
+        (["tiers", "--out", "/proc/none/x"], r"is not a folder that can be made"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        command.run(arguments)
+
+
+def row(test, place, settings, unit, value, **more):
+    return Row.of(test, place, settings, unit, [value, value], **more)
+
+
+@pytest.fixture
+def two_sockets(measured):
+    """Rows as a machine with two sockets, an expander and a GPU would give."""
+    rows = []
+    for cpus, far in (("node 0", "dram node 1"), ("node 1", "dram node 0")):
+        for place, ns, gb_per_s in (("dram node 0", 90, 200), ("dram node 1", 91, 210), ("cxl node 2", 250, 28)):
+            ns, gb_per_s = (140, 120) if place == far else (ns, gb_per_s)
+            for size, value in ((32 * KIB, 1.5 if place == far else 2), (MIB, ns)):
+                rows.append(row("latency", place, {"cpus": cpus, "size": size}, "ns", value))
+            for access in ("read", "write"):
+                settings = {"cpus": cpus, "access": access, "threads": 8, "block": MIB}
+                rows.append(row("bandwidth", place, settings, "GB/s", gb_per_s))
+    for memory in ("pinned", "pageable"):
+        for direction in ("H2D", "D2H"):
+            settings = {"direction": direction, "memory": memory, "size": MIB}
+            rows.append(row("link", "dram node 0", settings, "GB/s", 50.0))
+    return replace(measured, rows=tuple(rows), skipped=())
+
+
+def test_a_machine_with_several_nodes_has_matrices_and_lines_from_the_nearest_processors(two_sockets, tmp_path):
+    titles = [chart.title for chart in charts_of(two_sockets)]
+    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Link to the GPU" in titles
+    nearest = {(r.place, r.settings["cpus"]) for r in _nearest(two_sockets.of("latency"))}
+    assert ("dram node 0", "node 0") in nearest and ("dram node 1", "node 1") in nearest and len(nearest) == 3
+    assert {r.settings["access"] for r in _readable(two_sockets.of("bandwidth"))} == {"read"}
+    cards = {card.name: card.median for card in headlines(two_sockets)}
+    assert cards["dram node 1, idle latency"] == 91 and cards["dram node 0, read"] == 200 and cards["link, H2D"] == 50
+    write_html(two_sockets, tmp_path / "t.html")
+
+
+def test_a_machine_with_one_node_has_no_matrices(measured):
+    assert not [chart for chart in charts_of(measured) if "pair" in chart.title]
+
+
+def test_what_follows_compares_tiers_by_the_best_row_of_the_largest_update(measured):
+    def update_row(place, states, parameters, value):
+        return row("adamw", place, {"states": states, "parameters": parameters, "threads": 1}, "Gparam/s", value)
+
+    rows = (
+        update_row("dram node 0", "all", 10, 9.0), update_row("dram node 0", "all", 100, 4.0),
+        update_row("cxl node 1", "all", 100, 1.0), update_row("cxl node 1", "gradients", 100, 3.0),
+    )  # fmt: skip
+    assert findings(replace(measured, rows=rows)) == [
+        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0.",
+        "AdamW with only the gradients on cxl node 1 runs at 75% of its pace in dram node 0.",
+    ]
