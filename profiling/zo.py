@@ -250,7 +250,7 @@ def timed_row(engine: Engine, shape: dict, args: argparse.Namespace, every: int,
         "matmul_tokens_per_s": rate and tokens * rate / flops,
         "link_gb_per_s": streamed / up / 1e9 if up else None, "link_tokens_per_s": tokens / up if up else None,
         "link_both_tokens_per_s": tokens / both if both else None, "kernel_ms_per_layer": kernel_ms(runtime),
-        "fp32": split,
+        "split": split,
     }  # fmt: skip
 
 
