@@ -92,8 +92,8 @@ class Runtime:
             limit_device(device, plan.limits.device)
             self.store = HostStore(
                 model.layouts, self._pin, needs.compute_dtype is torch.float32, device, needs.in_hbm, needs.moments,
-                needs.master, needs.placed, memory.nvme_dir, choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"),
-                needs.nodes,
+                needs.master, needs.placed, memory.nvme_dir,
+                choice(NvmeEngine, memory.nvme_engine, "memory.nvme_engine"), needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
