@@ -177,7 +177,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *_state_lines(needs),
         *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         *_nvme_lines(needs),
-        Line("host", "checkpoint staging", needs.saving),
+        *([Line("host", "checkpoint staging", needs.saving)] if needs.saving else []),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
