@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from horizon.errors import BudgetError, ConfigError
 from horizon.optim.adamw import AdamW
 from horizon.plan.cxl import POLICIES
 from horizon.plan.machine import host_overhead, resolve_device
+from horizon.plan.policies import POLICY_RULES
 from horizon.report.measurements import Row, Skipped
 from horizon.units import MIB
 
@@ -43,15 +45,18 @@ class Shape:
         }  # fmt: skip
 
 
-def policies(shape: Shape, simulated_gb_per_s: float) -> Iterator[Row | Skipped]:
+def policies(shape: Shape, simulated_gb_per_s: float, disk_folder: Path) -> Iterator[Row | Skipped]:
     """A row for each policy, or why this machine cannot follow it.
 
     Args:
         simulated_gb_per_s: of a stand-in for the cxl tier; 0: its nodes.
+        disk_folder: for states on nvme.
     """
     num_parameters = 0
     for policy in Policy:
         memory, overhead = MemoryConfig(policy=policy), host_overhead(resolve_device("auto"))
+        if policy in POLICY_RULES:
+            memory.nvme_dir = str(disk_folder)
         if policy in POLICIES:
             if simulated_gb_per_s:
                 memory.cxl_simulated = SimulatedCxl(size="4GiB", gb_per_s=simulated_gb_per_s)

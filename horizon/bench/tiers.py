@@ -127,7 +127,7 @@ def _tests(
     if simulated:
         place = simulated_place(simulated)
         yield "adamw", place.name, update(place, places[0], plan.parameters, threads, plan.repeats)
-    yield "step", "each policy", policies(plan.shape, simulated)
+    yield "step", "each policy", policies(plan.shape, simulated, options.disk_folder)
 
 
 def _simulated_gb_per_s(wanted: float | None, places: Sequence[Place], rows: Sequence[Row]) -> float:

@@ -173,7 +173,7 @@ class SimulatedCxl:
     """A stand-in for the cxl tier in ordinary memory, slowed down; every output calls it simulated."""
 
     size: str | None = None  # such as 64GiB; null: no stand-in
-    gb_per_s: float = 20.0  # 1e9 bytes read and written in a second by update threads and, on CPU, by copies
+    gb_per_s: float = 20.0  # 1e9 bytes a second that updates read and write there; copies are not slowed
 
 
 @dataclass(kw_only=True, slots=True)

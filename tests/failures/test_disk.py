@@ -61,7 +61,7 @@ def test_a_budget_that_is_too_small(build, fails, memory):
         ({"nvme_engine": "fast"}, "memory.nvme_engine='fast': expected one of"),
         ({"hbm_blocks": 2}, "memory.hbm_blocks=2 with memory.policy=nvme_all, which has none there"),
         ({"policy": "dram", "rules": ["weights"]}, r"memory.rules\[0\]='weights': expected a horizon.TierRule"),
-        ({"rules": [TierRule(tier="disk")]}, r"memory.rules\[0\].tier='disk': expected one of hbm, dram, nvme"),
+        ({"rules": [TierRule(tier="disk")]}, r"memory.rules\[0\].tier='disk': expected one of hbm, dram, cxl, nvme"),
         (
             {"policy": "auto", "nvme_dir": None, "rules": [TierRule(tier=Tier.nvme)]},
             "tier=nvme in memory.rules needs a folder",
