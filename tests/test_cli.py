@@ -245,7 +245,6 @@ def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(h
         (["optim.lrr=1"], "ConfigError: optim.lrr is no setting; did you mean optim.lr?"),
         (["machine=nowhere.yaml"], "ConfigError: machine=nowhere.yaml: no such file;"),
         (["--jsn"], "ConfigError: horizon plan has no flag --jsn; expected --json"),
-        (["optim=mezo"], "ConfigError: optim=mezo: only steps of AdamW are planned ahead"),
         (["train.batch_size=0"], "ConfigError: train.batch_size=0 must be at least 1"),
         (["machine=h200", "device=cuda:3"], "ConfigError: device='cuda:3', but the machine"),
         (["model.path=nowhere"], "CheckpointError: no such folder"),

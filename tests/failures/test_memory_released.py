@@ -15,6 +15,7 @@ from horizon import AdamW
 from horizon.errors import BudgetError, CheckpointError
 from horizon.optim.rate import measure_rates
 from horizon.optim.threads import default_num_threads
+from horizon.plan.cxl import NO_CXL
 from horizon.plan.machine import process_bytes
 from horizon.store import arena
 from horizon.store.host import HostStore
@@ -40,7 +41,7 @@ def mappings(monkeypatch):
         return len(made.alive)
 
     for adamw in (AdamW(), AdamW(moments="int8")):  # what is tried on the machine once per process maps memory, too
-        measure_rates(torch.device("cpu"), default_num_threads(), torch.float32, adamw)
+        measure_rates(torch.device("cpu"), default_num_threads(), torch.float32, adamw, NO_CXL)
     made.left = left
     monkeypatch.setattr(arena, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": map_memory}))
     return made

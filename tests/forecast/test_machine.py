@@ -28,7 +28,7 @@ def test_elsewhere_all_memory_is_free_but_for_the_systems():
 
 def test_here_it_is_what_nobody_else_uses(monkeypatch):
     monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(module, "memory_limits", lambda memory, device: Limits(9 * GIB, 0))
+    monkeypatch.setattr(module, "memory_limits", lambda memory, device, cxl: Limits(9 * GIB, 0))
     monkeypatch.setattr(module, "free_device_bytes", lambda device: 11 * GIB)
     here = target_of(read_facts(machine(), "a test"), "auto", here=True)
     assert here.limits(MemoryConfig()) == Limits(9 * GIB, 11 * GIB - DEVICE_MARGIN)
