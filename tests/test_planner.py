@@ -65,6 +65,18 @@ def test_what_does_not_fit_is_not_chosen_however_fast(monkeypatch, choosing):
         assert engine.step(plain(0)).loss > 0
 
 
+def test_an_announced_step_moves_no_block_even_where_the_order_would_have_placed_others(monkeypatch, choosing):
+    predicting(monkeypatch, lambda in_hbm: 1.0 if in_hbm == {0, LAYERS + 1} else 2.0)
+    with engine_for(model()) as engine:
+        engine.plan_micro_batch(2, 12)
+        needed = engine.plan.num_bytes("device")
+    with engine_for(model(), memory=MemoryConfig(device_budget=f"{needed}B")) as engine:
+        engine.plan_micro_batch(2, 12)
+        for seed in range(2):
+            engine.step(plain(seed))
+            assert engine._runtime.store.in_hbm == {0, LAYERS + 1}
+
+
 def test_where_nothing_can_be_timed_the_policys_own_order_decides(monkeypatch, choosing):
     monkeypatch.setattr(Predictor, "time", lambda *_: False)
     with engine_for(model()) as engine:
