@@ -137,9 +137,10 @@ def test_a_failed_accumulation_takes_the_waiting_gradients_along(build, fails, t
 
 @pytest.fixture
 def fail_update(monkeypatch):
-    """`fail_update(engine, block, step)`: from its next update on, the worker that comes to `block` raises."""
+    """`fail_update(engine, block)`: from its next update on, the worker that comes to `block` raises."""
 
     def fail_update(engine, block):
+        engine._runtime.wait_for_updates()  # those under way are not the next
         states = engine._runtime.store.weights[block]
         start, end = states.data_ptr(), states.data_ptr() + states.nbytes
 
