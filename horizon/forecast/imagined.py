@@ -118,10 +118,6 @@ class Forecaster:
             ConfigError: settings that contradict each other.
         """
         optim = config.optim
-        if optim.name != "adamw":
-            raise ConfigError(
-                f"optim={optim.name}: only steps of AdamW are planned ahead; leave it out of horizon plan"
-            )
         clipping = Clipping(optim.max_grad_norm, optim.clip)
         adamw = AdamW(betas=(optim.beta1, optim.beta2), eps=optim.eps, moments=optim.moments, master=optim.master)
         clipping.check(adamw, config.train.on_nonfinite)

@@ -41,7 +41,7 @@ class ZarrStates:
     def __init__(self, folder: Path, disk_map: DiskMap):
         if not has_tensorstore():
             raise ConfigError(
-                "memory.nvme_engine=tensorstore needs the package of that name (pip install 'horizon[tensorstore]'); "
+                "memory.nvme_engine=tensorstore needs the package of that name (pip install tensorstore); "
                 "install it, or set memory.nvme_engine=direct"
             )
         self._map = disk_map

@@ -24,11 +24,11 @@ from horizon.models.kernels import choose_kernels
 from horizon.plan.machine import (
     context_bytes,
     framework_bytes,
+    host_overhead,
     lift_device_limit,
     limit_device,
     memory_limits,
     prepare_device,
-    process_bytes,
     resolve_device,
 )
 from horizon.plan.memory import MemoryPlan
@@ -306,7 +306,7 @@ def build_zeroth_order(
     if target.type == "cuda":
         fuse_relu(model)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    needs = ZerothOrderNeeds(model.layouts, settings, dtype, memory.weight_slots, process_bytes(), overhead)
+    needs = ZerothOrderNeeds(model.layouts, settings, dtype, memory.weight_slots, host_overhead(target), overhead)
     plan = plan_memory(needs, memory_limits(memory, target))
     runtime = ZerothOrderRuntime(model, plan, needs, target)
     try:
