@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,9 @@ class FusedKernels:
 
 def _patch(skeleton: Any, home: Any) -> dict[str, Any]:
     """Patch the skeleton's modules; return the globals that its layers call, leaving the source file as it was."""
+    # Liger would compile some 150 variants of its expert kernels at the first step, for minutes, and let their times
+    # decide which one computes: gradients would differ from run to run.
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     if skeleton.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
