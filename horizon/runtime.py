@@ -94,7 +94,8 @@ class Runtime:
             head_chunk = chunk_tokens(model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, plan.limits.device))
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
-            release.callback(delattr, self, "executor")  # its slots
+            release.callback(delattr, self, "executor")
+            release.callback(self.executor.free_slots)  # at once, whatever else still refers to the executor
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
             working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
             activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes)

@@ -224,6 +224,7 @@ def timed_row(engine: Engine, shape: dict, args: argparse.Namespace, every: int,
     mean = sum(times) / len(times)
     split = recorded(engine, batches, args, f"{batch}-{every}") if args.trace else None
     print(engine.plan.table(), flush=True)
+    device, host = engine.device_bytes, engine.host_bytes  # before the limits below take memory of their own
     runtime = engine._runtime
     assert isinstance(runtime, ZerothOrderRuntime)
     from horizon.zo.plan import least_traffic
@@ -242,9 +243,9 @@ def timed_row(engine: Engine, shape: dict, args: argparse.Namespace, every: int,
         "writeback_every": every, "attention": args.attention, "queries": args.queries,
         "micro_batch": micro_batch, "seconds": mean, "median_seconds": median, "tokens_per_s": tokens / mean,
         "first_loss": losses[0],
-        "num_parameters": num_parameters, "device_gib": engine.device_bytes / GIB,
-        "planned_device_gib": engine.plan.num_bytes("device") / GIB, "host_rss_gib": engine.host_bytes / GIB,
-        "host_bytes_per_param": engine.host_bytes / num_parameters,
+        "num_parameters": num_parameters, "device_gib": device / GIB,
+        "planned_device_gib": engine.plan.num_bytes("device") / GIB, "host_rss_gib": host / GIB,
+        "host_bytes_per_param": host / num_parameters,
         "store_bytes_per_param": runtime.store.num_bytes / num_parameters,
         "tflops": flops / mean / 1e12, "matmul_tflops": rate and rate / 1e12,
         "matmul_tokens_per_s": rate and tokens * rate / flops,

@@ -96,6 +96,21 @@ def test_engines_come_and_go_in_one_process_and_leave_nothing():
     assert differing(found[1], found[0]) == differing(found[2], found[0]) == []
 
 
+def test_a_closed_engine_leaves_the_device_to_the_next_though_it_is_referred_to():
+    step, kept = batches(tokens=64, vocab=4096), []
+    model = build("llama", vocab_size=4096, hidden_size=1024, intermediate_size=4096, max_position_embeddings=64)
+    for hbm_blocks in (0, 2):
+        before = torch.cuda.memory_allocated(DEVICE)
+        streamed = engine(model, memory=horizon.MemoryConfig(hbm_blocks=hbm_blocks))
+        planner = streamed._runtime.planner
+        streamed.step(step)
+        in_use = torch.cuda.memory_allocated(DEVICE) - before
+        streamed.close()
+        kept.append((streamed, planner))
+        gc.collect()  # what else this test has made
+        assert torch.cuda.memory_allocated(DEVICE) - before < 0.2 * in_use
+
+
 def test_two_engines_share_a_device():
     model, step = build("llama", **EAGER), batches()
     with engine(model) as first, engine(model) as second:

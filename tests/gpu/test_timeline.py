@@ -128,7 +128,7 @@ def test_kernels_shorter_than_their_launches_are_at_the_hosts_pace(slow_layers, 
         with streamed.trace() as recording:
             streamed.step(batches())
     forward = [s for s in works(recording.steps[0]) if s.what == "forward" and s.block == 0]
-    assert all(s.paced == s.seconds for s in forward)  # the embedding has no layer that sleeps
+    assert forward and all(s.paced > 0.9 * s.seconds for s in forward)
 
 
 def test_a_step_that_is_not_recorded_takes_no_points(monkeypatch):
