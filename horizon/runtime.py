@@ -151,7 +151,9 @@ class Runtime:
 
     def load(self, weights: Any, seed: int) -> None:
         """Fill the store: from a folder, from a live model, or (None) with random values."""
+        self.executor.free_slots()  # in their place, values are drawn and split on the device
         load_weights(weights, self.model.skeleton, self.store.write_master, self.device, seed)
+        self.executor.make_slots(self.buffers)
 
     # ---- a step
 

@@ -20,6 +20,7 @@ ALLOCATOR_SLACK = 384 * MIB
 LIBRARIES = (
     640 * MIB
 )  # host memory that CUDA's libraries and compiled kernels take during the first steps (seen: 0.7 GiB)
+HOST_MARGIN, HOST_MARGIN_SHARE = 256 * MIB, 0.02  # left to the kernel with a budget that it names
 DISK_MARGIN = GIB  # left on the file system with memory.nvme_budget=auto
 NO_LIMIT = 1 << 62  # version 1 writes about this where there is none
 DEVICE_MARGIN = GIB // 2  # left for other users of the device and the allocator's rounding, with budget auto
@@ -116,14 +117,19 @@ def cgroup_room() -> int:
 def _host_limit(host_budget: str) -> int:
     """Bytes that the process may have, those that it uses already included."""
     if host_budget == "auto":
-        return available_host_bytes() + process_bytes()
+        return _less_margin(available_host_bytes() + process_bytes())
     if host_budget != "cgroup":
         return parse_bytes(host_budget, "memory.host_budget")
     if cgroup_room() >= NO_LIMIT:
         raise ConfigError(
             "memory.host_budget=cgroup, but no cgroup limits this process's memory; use auto or a size such as 100GiB"
         )
-    return cgroup_room() + process_bytes()
+    return _less_margin(cgroup_room() + process_bytes())
+
+
+def _less_margin(num_bytes: int) -> int:
+    """What is left when the kernel has taken what no process is charged with: page tables, pinned pages' lists."""
+    return max(0, num_bytes - max(HOST_MARGIN, int(num_bytes * HOST_MARGIN_SHARE)))
 
 
 def _dram_of(available: int, cxl: CxlTier) -> int:

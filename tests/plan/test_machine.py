@@ -60,7 +60,7 @@ def test_a_budget_of_the_cgroup_is_its_room_whatever_the_system_says(monkeypatch
     monkeypatch.setattr(machine, "available_host_bytes", lambda: 1 * GIB)
     monkeypatch.setattr(machine, "process_bytes", lambda: 2 * GIB)
     monkeypatch.setattr(machine, "memory_groups", lambda: [MemoryGroup(100 * GIB, 30 * GIB), MemoryGroup(90 * GIB, 10)])
-    assert memory_limits(MemoryConfig(host_budget="cgroup"), CPU).host == 72 * GIB
+    assert memory_limits(MemoryConfig(host_budget="cgroup"), CPU).host == pytest.approx(0.98 * 72 * GIB, abs=1)
     monkeypatch.setattr(machine, "memory_groups", list)
     with pytest.raises(ConfigError, match=r"memory\.host_budget=cgroup, but no cgroup limits"):
         memory_limits(MemoryConfig(host_budget="cgroup"), CPU)
@@ -69,9 +69,16 @@ def test_a_budget_of_the_cgroup_is_its_room_whatever_the_system_says(monkeypatch
 def test_budgets_count_what_the_process_uses_already(monkeypatch):
     monkeypatch.setattr(machine, "available_host_bytes", lambda: 7 * GIB)
     monkeypatch.setattr(machine, "process_bytes", lambda: 1 * GIB)
-    assert memory_limits(MemoryConfig(), CPU).host == 8 * GIB
+    assert memory_limits(MemoryConfig(), CPU).host == 8 * GIB - 256 * MIB
     assert memory_limits(MemoryConfig(host_budget="3GiB"), CPU).host == 3 * GIB
     assert memory_limits(MemoryConfig(host_budget="3GiB", device_budget="100MB"), CPU) == Limits(3 * GIB, 100_000_000)
+
+
+def test_of_much_memory_a_fiftieth_is_left_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 199 * GIB)
+    monkeypatch.setattr(machine, "process_bytes", lambda: 1 * GIB)
+    assert memory_limits(MemoryConfig(), CPU).host == 196 * GIB
+    assert memory_limits(MemoryConfig(host_budget="200GiB"), CPU).host == 200 * GIB
 
 
 @pytest.mark.parametrize("key", ["host_budget", "device_budget"])
