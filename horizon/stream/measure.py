@@ -7,6 +7,7 @@ count, so fused kernels, attention backends and their workspaces are what they a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +39,14 @@ def measure_working_set(executor: Executor, seq_len: int, rows: int, version: in
     selective, graph = _kept(executor, min(seq_len, KEEPING_TOKENS), version, recompute)
     if executor.device.type != "cuda":
         return WorkingSet(0, 0, 0, selective, graph)
-    try:
-        base, per_token, head = _measure(executor, rows, seq_len, version)
-    except torch.cuda.OutOfMemoryError:
+    found = None
+    with suppress(torch.cuda.OutOfMemoryError):
+        found = _measure(executor, rows, seq_len, version)
+    if found is None:  # only here, where the error no longer holds what the frames that it passed had allocated
         executor.reset()
         torch.cuda.empty_cache()
-        base, per_token, head = _measure(executor, 1, seq_len, version)
+        found = _measure(executor, 1, seq_len, version)
+    base, per_token, head = found
     return WorkingSet(base, per_token, head, selective, graph)
 
 
