@@ -51,7 +51,11 @@ class _Held:
     buffer: _Buffer
     phase: _Phase
     kept: bool = False  # asked for, or about to be: the buffer stays when it is written
-    released: bool = False  # while it was written
+    released: bool = False  # while it was moving
+
+    @property
+    def moves(self) -> bool:
+        return self.phase in (_Phase.WRITING, _Phase.READING)
 
 
 class Spill:
@@ -97,7 +101,7 @@ class Spill:
         """
         with self._changed:
             self._wanted.clear()
-            self._wait(lambda: not any(held.phase in (_Phase.WRITING, _Phase.READING) for held in self._held.values()))
+            self._wait(lambda: not any(held.moves for held in self._held.values()))
             self._free += [held.buffer for held in self._held.values()]
             self._held.clear()
             self._filled.clear()
@@ -122,6 +126,7 @@ class Spill:
             buffer = self._held[place].buffer
         if buffer.used is not None:
             buffer.used.synchronize()
+            buffer.used = None
         return buffer.data[: self._sizes[place]]
 
     def filled(self, place: Place, event: Event) -> None:
@@ -133,7 +138,7 @@ class Spill:
             self._start(place, event, write=True)
 
     def expect(self, order: Sequence[Place]) -> None:
-        """All of these will be asked for, in about this order, and each released then; nothing else is."""
+        """All of these will be asked for, in about this order, and each released, or filled again, then."""
         with self._changed:
             self._wanted = deque(order)
             self._read_ahead()
@@ -162,7 +167,7 @@ class Spill:
             if held is None:  # it was written, and its buffer taken away
                 return
             held.buffer.used = event
-            if held.phase is _Phase.WRITING:
+            if held.moves:
                 held.released = True
             else:
                 self._give_back(place)
@@ -223,8 +228,9 @@ class Spill:
             if place not in self._held:
                 if not self._can_spare():
                     return
-                self._held[place] = _Held(self._spare(), _Phase.READING)
-                self._start(place, self._held[place].buffer.used, write=False)
+                buffer = self._spare()
+                self._held[place], after, buffer.used = _Held(buffer, _Phase.READING), buffer.used, None
+                self._start(place, after, write=False)
             self._keep(place)
 
     def _start(self, place: Place, after: Event | None, write: bool) -> None:
