@@ -11,6 +11,7 @@ from horizon import AdamW, MemoryConfig, TierRule
 from horizon.config.schema import Tier
 from horizon.errors import NonFiniteError
 from horizon.plan.disk import BOUNDARY_BUFFERS
+from horizon.plan.traffic import least_traffic
 from horizon.store import disk, gradients, nvme, offload
 from horizon.stream.passes import Passes
 from tests.parity.reference import (
@@ -264,3 +265,33 @@ def test_batches_of_other_shapes_have_the_file_made_anew_only_where_they_find_no
             files.append(engine._runtime.planner._activations._file._spill)
             assert files[-1]._tier._engine._fd >= 0
     assert files[0] is files[1] is not files[2] is files[3]
+
+
+@pytest.mark.parametrize("policy", ["gradients", "some gradients", "all"])
+def test_a_step_moves_the_least_over_the_disk(policy, folder, monkeypatch):
+    moved = {"read": 0, "write": 0}
+
+    class CountingFile(disk.DirectFile):
+        def read(self, place, offset, into):
+            moved["read"] += len(into)
+            super().read(place, offset, into)
+
+        def write(self, place, offset, data):
+            moved["write"] += len(data)
+            super().write(place, offset, data)
+
+    monkeypatch.setattr(nvme, "DirectFile", CountingFile)
+    settings = {"memory": MemoryConfig(**on_nvme(folder, policy, weight_slots=2))}
+    with engine_for(deep(False), compute_dtype="bfloat16", **settings) as engine:
+        engine.step(plain(0))
+        engine._runtime.wait_for_updates()
+        if engine._runtime.store.pages is not None:
+            engine._runtime.store.pages.wait_written()
+        moved.update(read=0, write=0)
+        engine.step(plain(1))
+        engine._runtime.wait_for_updates()
+        if engine._runtime.store.pages is not None:
+            engine._runtime.store.pages.wait_written()
+        least = least_traffic(engine._runtime.needs)
+    assert moved["write"] == least["disk", "write"]
+    assert moved["read"] == least["disk", "read"]
