@@ -256,6 +256,29 @@ def test_files_and_staging_are_as_large_as_planned(dtype, folder):
         assert len(boundaries._arena.regions) == BOUNDARY_BUFFERS < 2 * DEPTH
 
 
+def test_a_store_without_states_on_nvme_has_no_file_there(folder):
+    with engine_for(deep(False), memory=MemoryConfig(**on_nvme(folder, "both"))) as engine:
+        store = engine._runtime.store
+        assert store._nvme is store.pages is store.loads is None and not store.on_nvme
+
+
+def test_checkpoints_are_made_and_restored_beside_gradients_on_nvme(folder, tmp_path):
+    """Under another placement, and in the middle of training."""
+    batches = steps()
+    with engine_for(deep(True)) as engine:
+        losses = [engine.step(step).loss for step in batches]
+        weights = dict(engine.named_master_parameters())
+    found = []
+    with offloading(True, on_nvme(folder, "both")) as engine:
+        found += [engine.step(step).loss for step in batches[:2]]
+        engine.save_checkpoint(tmp_path / "saved").wait()
+        engine.step(batches[0])
+        engine.restore(tmp_path / "saved")
+        found += [engine.step(step).loss for step in batches[2:]]
+        assert found == losses
+        assert_same_tensors(dict(engine.named_master_parameters()), weights)
+
+
 def test_batches_of_other_shapes_have_the_file_made_anew_only_where_they_find_no_room(folder):
     files = []
     with offloading(True, on_nvme(folder, "activations")) as engine, engine_for(deep(True)) as twin:
