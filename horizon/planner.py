@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+import torch
 
 from horizon.config.schema import Policy
 from horizon.errors import BudgetError, ConfigError
@@ -27,6 +27,7 @@ from horizon.stream.batch import MicroBatch
 from horizon.stream.prediction import Predictor
 
 T = TypeVar("T")
+NOTHING = torch.empty(0)
 Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
 
 
@@ -97,7 +98,7 @@ class StepPlanner:
         """Room for the activations of a step; with `borrow` also in gradient buffers, where idle meanwhile."""
         planned = self._plan([b.shape for b in batches], borrow)
         idle = self.idle_bytes(self._parts.needs, borrow)
-        lent: list[Tensor] = [buffers.claim(b)[: size // buffers.dtype.itemsize] for b, size in enumerate(idle)]
+        lent = [buffers.claim(b)[: size // buffers.dtype.itemsize] if size else NOTHING for b, size in enumerate(idle)]
         tokens = [rows * length for rows, length in (b.shape for b in batches)]
         return StepSpace(self._activations.boundaries(planned, tokens, lent), planned.recompute)
 
@@ -106,10 +107,10 @@ class StepPlanner:
         return self._placer.make_room(needs, self._parts.plan.limits, self._reserve)
 
     def idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
-        """Bytes of each block's kept gradient buffer, which activations may use until its gradient comes."""
+        """Bytes of each block's kept gradient buffer, which activations in dram may use until its gradient comes."""
         layouts = self._parts.model.layouts if borrow else ()
         lent = {b.owner for layout in layouts for b in layout.borrowed}  # the head writes there before backward begins
-        taken = lent | needs.in_hbm
+        taken = lent | needs.in_hbm | needs.grads_on_nvme
         return [0 if lay.index in taken else lay.num_trainable * needs.grad_dtype.itemsize for lay in layouts]
 
     def _plan(self, shapes: Shapes, borrow: bool) -> ActivationPlan:

@@ -55,6 +55,8 @@ from horizon.report.recording import Recording, record_steps
 from horizon.store.cxl import find_cxl
 from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
+from horizon.store.nvme import NvmeFolder
+from horizon.store.offload import OffloadFile
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
@@ -87,10 +89,11 @@ class Runtime:
                 needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine, needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
-            self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
-            release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)
             self.store.observe_disk(self.streams.timeline.disk)
+            self._nvme = NvmeFolder(memory.nvme_dir or "", memory.nvme_engine, self.streams.timeline.disk)
+            self.buffers: GradientBuffers = make_buffers(needs, self._pin, device, self.store.ledger, self._nvme)
+            release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             head_chunk = chunk_tokens(model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, plan.limits.device))
             settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
             self.executor = Executor(model, self.store, self.streams, settings)
@@ -98,7 +101,8 @@ class Runtime:
             release.callback(self.executor.free_slots)  # at once, whatever else still refers to the executor
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
             working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
-            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes)
+            on_disk = OffloadFile(self._nvme, self.store.ledger, self._pin, nodes)
+            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes, on_disk)
             release.callback(activations.close)
             self.planner = StepPlanner(
                 self, placer, activations, Predictor(timed_on(self.executor), rates, token_bytes)
@@ -113,8 +117,8 @@ class Runtime:
             release.callback(self.saves.close)  # before the updater: what is being saved waits for updates
             self._steps = Steps(
                 lambda: self.executor, self._updater, self.streams, self.store.ledger, clipping,
-                norms=self.gradient_norms, release=lambda block: self.buffers.release(block),
-                kept=needs.keeps_gradients, weight_decay=optimizer.weight_decay,
+                norms=self.gradient_norms, buffers=lambda: self.buffers, kept=needs.keeps_gradients,
+                weight_decay=optimizer.weight_decay,
             )  # fmt: skip
             self._release = release.pop_all()
 
@@ -197,8 +201,7 @@ class Runtime:
         for name in self.model.parameter_names:
             block, param = self.store.place(name)
             if param.spec.trainable:
-                flat = self.buffers.claim(block)[param.offset : param.end]
-                yield name, flat.to("cpu", torch.float32, copy=True).view(param.spec.shape)
+                yield name, self.buffers.read(block, param.offset, param.end).view(param.spec.shape)
 
     def wait_for_updates(self) -> None:
         """Return once every block has seen all optimizer steps."""
@@ -235,7 +238,7 @@ class Runtime:
                 self.buffers.keep_in_hbm(needs.in_hbm)
             else:
                 self.buffers.close()
-                self.buffers = make_buffers(needs, self._pin, self.device)
+                self.buffers = make_buffers(needs, self._pin, self.device, self.store.ledger, self._nvme)
             self.executor.make_slots(self.buffers)
             self._start_updater(needs)
             self._steps.use_updater(self._updater, needs.keeps_gradients)
@@ -339,7 +342,7 @@ class Runtime:
     def _states(self, block: int) -> dict[str, Tensor]:
         """What an update of `block` takes, and is about to overwrite."""
         self.saves.before_update(block)
-        return {**self.store.states(block), "grads": self.buffers.claim(block)}
+        return {**self.store.states(block), "grads": self.buffers.gradient(block)}
 
     def trainable_names(self) -> list[str]:
         """Of all parameters that have gradients, block by block."""

@@ -48,7 +48,7 @@ class Policy(StrEnum):
     dram = "dram"  # the states of all blocks in host memory
     hbm_first = "hbm_first"  # of as many blocks as fit in device memory, before recomputation is bought back
     nvme_optimizer = "nvme_optimizer"  # moments and residual on nvme, weights in dram
-    nvme_all = "nvme_all"  # all states on nvme
+    nvme_all = "nvme_all"  # all states on nvme, gradients that wait and activations that leave the device, too
     cxl_aware = "cxl_aware"  # what the update touches most stays in dram, what finds no room there goes to cxl
     interleave = "interleave"  # every state over all dram and cxl nodes, page by page: the naive baseline
 
@@ -57,7 +57,7 @@ class Tier(StrEnum):
     hbm = "hbm"  # device memory: all states of a block or none
     dram = "dram"  # host memory
     cxl = "cxl"  # host memory on other NUMA nodes
-    nvme = "nvme"  # a file in memory.nvme_dir
+    nvme = "nvme"  # files in memory.nvme_dir
 
 
 class NvmeEngine(StrEnum):
@@ -163,7 +163,7 @@ class TrainConfig:
 class TierRule:
     """Which tier holds some states of some blocks."""
 
-    state: str = "*"  # name pattern: weights, residual, exp_avg*, ...
+    state: str = "*"  # name pattern: weights, residual, exp_avg*, ...; grads, activations
     blocks: str = "*"  # numbers, ranges (1-12) and name patterns (layers.*), separated by commas
     tier: Tier = Tier.dram
 
@@ -186,7 +186,7 @@ class MemoryConfig:
     policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there
     rules: list[TierRule] = field(default_factory=list)  # the first that fits comes before the policy
     nvme_dir: str | None = None  # folder on a local disk for states on nvme; auto uses it only where dram is too small
-    nvme_budget: str = "auto"  # bytes of the file there; auto: what the file system has free, less 1 GiB
+    nvme_budget: str = "auto"  # bytes of the files there; auto: what the file system has free, less 1 GiB
     nvme_engine: NvmeEngine = NvmeEngine.auto  # what moves states between disk and memory
     cxl_nodes: Any = "auto"  # NUMA nodes of the cxl tier, such as [2,3]; auto: those that have memory and no CPUs
     cxl_budget: str = "auto"  # bytes on the cxl tier; auto: what is free on its nodes

@@ -57,10 +57,12 @@ class Updates(GradientSink, Protocol):
 
 
 class KeptUpdates:
-    """Gradients wait on the host until `settle`."""
+    """Gradients wait on the host until `settle`; `expect` has those brought back that wait on disk."""
 
-    def __init__(self, updater: Updater | TieredUpdater, max_norm: float | None) -> None:
-        self._updater, self._max_norm = updater, max_norm
+    def __init__(
+        self, updater: Updater | TieredUpdater, max_norm: float | None, expect: Callable[[], None] = lambda: None
+    ) -> None:
+        self._updater, self._max_norm, self._expect = updater, max_norm, expect
         self._last: Event | None = None
         self._step, self._lr = 0, 0.0
         self._num_updates = 0
@@ -82,6 +84,7 @@ class KeptUpdates:
     def settle(self, norm: Tensor) -> Applied:
         scale = clip_scale(norm, self._max_norm)
         self._num_updates = self._updater.num_blocks
+        self._expect()
         self._updater.submit(self._step, self._lr, scale)
         return Applied(scale)
 

@@ -20,6 +20,7 @@ from horizon.optim.clipping import Clipping, global_norm
 from horizon.optim.device import TieredUpdater
 from horizon.optim.updater import Updater
 from horizon.records import StepResult
+from horizon.store.gradients import GradientBuffers
 from horizon.store.ledger import Ledger
 from horizon.stream.activations import StepSpace
 from horizon.stream.batch import MicroBatch
@@ -78,7 +79,7 @@ class Steps:
     Args:
         executor: gives the executor, which is not held here: it goes before the steps do.
         norms: the L2 norm of every trainable parameter's gradient, fp32 [parameters] on CPU, in the model's order.
-        release: gives a block's gradient buffer back.
+        buffers: gives what gradients wait in, which may be exchanged.
         kept: whether all gradients of a step wait on the host.
         weight_decay: AdamW's.
 
@@ -88,11 +89,11 @@ class Steps:
 
     def __init__(
         self, executor: Callable[[], Executor], updater: Updater | TieredUpdater, streams: Streams, ledger: Ledger,
-        clipping: Clipping, *, norms: Callable[[], Tensor], release: Callable[[int], None], kept: bool,
+        clipping: Clipping, *, norms: Callable[[], Tensor], buffers: Callable[[], GradientBuffers], kept: bool,
         weight_decay: float,
     ) -> None:  # fmt: skip
         self._executor, self._streams, self._ledger, self._clipping = executor, streams, ledger, clipping
-        self._norms, self._release, self._weight_decay = norms, release, weight_decay
+        self._norms, self._buffers, self._weight_decay = norms, buffers, weight_decay
         self.version = 0
         self._last_norm: Tensor | None = None  # of the step applied last
         self.use_updater(updater, kept)
@@ -100,7 +101,7 @@ class Steps:
     def use_updater(self, updater: Updater | TieredUpdater, kept: bool) -> None:
         """Update with this one from now on; `kept`: whether all gradients of a step wait on the host."""
         max_norm, mode = self._clipping.max_norm, self._clipping.mode
-        self._kept = KeptUpdates(updater, max_norm)
+        self._kept = KeptUpdates(updater, max_norm, lambda: self._buffers().expect_updates())
         self._updates: Updates = self._kept
         if mode is Clip.speculative and max_norm is not None:
             self._updates = SpeculativeUpdates(updater, self._ledger, max_norm, self._weight_decay)
@@ -116,6 +117,10 @@ class Steps:
     def last_norm(self) -> float | None:
         """Of the gradients of the step applied last, before clipping; None before the first."""
         return None if self._last_norm is None else float(self._last_norm)
+
+    def _release(self, block: int) -> None:
+        """Give a block's gradient buffer back."""
+        self._buffers().release(block)
 
     def go_on_from(self, version: int, last_norm: float | None) -> None:
         """The weights are others now, and have seen `version` steps, the last with gradients of `last_norm`."""

@@ -69,6 +69,7 @@ class _BlockUpdate:
     decayed: StepScalars
     undecayed: StepScalars
     arrays: UpdateArrays | None = None  # asked for when the first chunk is taken
+    opening: threading.Lock = field(default_factory=threading.Lock)  # held then: one block's may come after another's
     num_taken: int = 0
     num_done: int = 0
     left_of_page: Counter[int] = field(default_factory=Counter)  # chunks not done, where the block has states on nvme
@@ -132,7 +133,6 @@ class Updater:
         self._timeline = timeline or Timeline()
         self._pages, self._pace_of = pages, pace or unpaced
         self._threads: list[threading.Thread] = []
-        self._opening = threading.Lock()  # held while asking for a block's states
         self._wake = threading.Condition()  # guards everything below
         self._queue: deque[_BlockUpdate] = deque()  # blocks with chunks left to take, in order
         self._submitted = dict.fromkeys(self.chunks, 0)  # the last step of each block
@@ -319,7 +319,7 @@ class Updater:
                 self._update(*parts, scalars)
 
     def _open(self, block: _BlockUpdate) -> UpdateArrays:
-        with self._opening:
+        with block.opening:
             if block.arrays is None:
                 states = self._states(block.layout.index)
                 paged = () if self._pages is None else self._pages.states.get(block.layout.index, ())

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from horizon.config.schema import Recompute
+from horizon.config.schema import Recompute, Tier
 from horizon.errors import BudgetError
+from horizon.plan.disk import BOUNDARY_BUFFERS, map_boundaries
 from horizon.plan.memory import Line, MemoryPlan, check_fits, host_lines
 from horizon.units import GIB, align_up
 
@@ -50,10 +51,16 @@ class ActivationPlan:
     offloaded: frozenset[int]  # blocks whose input is kept on the host
     recompute: Mapping[int, Recompute]  # of the blocks that keep more than a boundary
     lines: tuple[Line, ...]
+    tier: Tier = Tier.dram  # of the offloaded boundaries
+
+    @property
+    def on_nvme(self) -> bool:
+        """Whether boundaries go there."""
+        return self.tier is Tier.nvme and bool(self.offloaded)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of boundaries on the host that found no idle gradient buffer."""
+        """Bytes of boundaries off the device that found no idle gradient buffer, and of what they are staged in."""
         return sum(line.num_bytes for line in self.lines if line.tier != "device")
 
 
@@ -109,15 +116,18 @@ def plan_activations(
         sum(tokens) * working.kept_none * (1 + FRAGMENTS) // FRAGMENTS,
     )
 
-    def own(num_graphs: int, num_selective: int) -> int:
-        """Host bytes of boundaries that find no idle buffer."""
+    def offloaded_lines(num_graphs: int, num_selective: int) -> list[Line]:
         away = _offloaded(room, num_graphs, num_selective)
-        return own_bytes(boundary_sizes(away, tokens, token_bytes), idle)
+        return _offloaded_lines(plan, boundary_sizes(away, tokens, token_bytes), idle)
+
+    def own(num_graphs: int, num_selective: int) -> int:
+        """Bytes that boundaries off the device take beyond idle buffers."""
+        return sum(line.num_bytes for line in offloaded_lines(num_graphs, num_selective))
 
     num_graphs, num_selective = _kept_layers(room, recompute, own)
     away = _offloaded(room, num_graphs, num_selective)
     lines = (
-        *_offloaded_lines(plan, own(num_graphs, num_selective)),
+        *offloaded_lines(num_graphs, num_selective),
         Line("device", f"block at work ({max(tokens)} tokens)", busy),
         Line("device", "hidden states", passing),
         *_kept_lines(room, num_graphs, num_selective),
@@ -129,12 +139,18 @@ def plan_activations(
     first_graph = 1 + num_layers - num_graphs
     kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
     kept |= {block: Recompute.none for block in range(first_graph, 1 + num_layers)}
-    return ActivationPlan(away, kept, lines)
+    return ActivationPlan(away, kept, lines, plan.boundaries)
 
 
-def _offloaded_lines(plan: MemoryPlan, num_bytes: int) -> list[Line]:
-    """Boundaries on the host that found no idle buffer."""
-    cxl = plan.limits.cxl
+def _offloaded_lines(plan: MemoryPlan, sizes: Mapping[Key, int], idle: Sequence[int]) -> list[Line]:
+    """Boundaries on nvme, or those on the host that find no idle buffer."""
+    if plan.boundaries is Tier.nvme:
+        on_disk = map_boundaries(sizes)
+        return [
+            Line("host", "nvme staging, activations", BOUNDARY_BUFFERS * on_disk.largest),
+            Line("nvme", "offloaded activations", on_disk.num_bytes),
+        ]
+    cxl, num_bytes = plan.limits.cxl, own_bytes(sizes, idle)
     dram, away = (0, num_bytes) if cxl.boundaries else (num_bytes, 0)
     return host_lines(cxl, "offloaded activations", dram, away)
 

@@ -1,8 +1,9 @@
-"""States on the `nvme` tier: where each lies in the tier's file, and what staging in host memory they pass through.
+"""What is on the `nvme` tier: where it lies in a file, and what staging in host memory it passes through.
 
 Direct I/O moves whole disk blocks: addresses, offsets and lengths are multiples of `DISK_BLOCK`. A state of a block is
 one region of the file. Updates bring it in by *pages*: the same range of elements of every state, so that a staged page
-holds all that an update of these elements needs. Loads to the device bring whole blocks. Pure arithmetic.
+holds all that an update of these elements needs. Loads to the device bring whole blocks. Gradients and offloaded
+boundaries have files of their own, and move whole. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LARGE_REGION = 2 * MIB  # regions of this size begin at multiples of it
 PAGE_ELEMENTS = 1 << 23  # 32 MiB of an fp32 state; multiples of 2**16 keep pages of all states at whole disk blocks
 UPDATE_PAGES = 12  # staged for updates at a time: read ahead, being updated, being written
 LOAD_BUFFERS = 2  # blocks staged on their way to the device at a time
+BOUNDARY_BUFFERS = 4  # offloaded boundaries staged at a time: being filled, being written; being read, being used
+BOUNDARY_PIECE = 16 * MIB  # of a boundary, that moves at a time
 
 Place = tuple[str, int]  # state, block
 Placement = Mapping[Place, Tier]  # of states of blocks on the host that are not in dram
@@ -42,6 +45,11 @@ class DiskMap:
 
     regions: Mapping[Place, Region]
     num_bytes: int  # of the file
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest region."""
+        return max((region.num_bytes for region in self.regions.values()), default=0)
 
 
 def on_tier(placed: Placement, tier: Tier) -> frozenset[Place]:
@@ -68,6 +76,21 @@ def map_disk(states: Sequence[State], layouts: Sequence[BlockLayout], places: Co
         offset = align_up(end, LARGE_REGION if size >= LARGE_REGION else DISK_BLOCK)
         regions[state.name, block] = Region(offset, size, PAGE_ELEMENTS // state.group * state.dtype.itemsize)
         end = offset + size
+    return DiskMap(regions, end)
+
+
+def boundary_place(block: int, micro_batch: int) -> Place:
+    """What an offloaded boundary on nvme is called; each is written apart, so that no two share a piece."""
+    return f"activations.{micro_batch}", block
+
+
+def map_boundaries(sizes: Mapping[tuple[int, int], int]) -> DiskMap:
+    """Lay out a file for boundaries; `sizes`: bytes by (block, micro-batch)."""
+    regions, end = {}, 0
+    for (block, micro_batch), num_bytes in sorted(sizes.items()):
+        size = align_up(num_bytes, DISK_BLOCK)
+        regions[boundary_place(block, micro_batch)] = Region(end, size, BOUNDARY_PIECE)
+        end += size
     return DiskMap(regions, end)
 
 

@@ -8,7 +8,7 @@ nvme = a file.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from horizon.plan.cxl import NO_CXL, CxlTier
 from horizon.plan.disk import (
     LOAD_BUFFERS,
     UPDATE_PAGES,
+    DiskMap,
     Place,
     Placement,
     load_buffer_bytes,
@@ -35,6 +36,7 @@ MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
 GRADS = "grads"
+ACTIVATIONS = "activations"  # offloaded boundaries, which have no place of their own per block
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
 
 ON_HOST = Tier.dram, Tier.cxl
@@ -80,7 +82,8 @@ class Limits:
 class MemoryPlan:
     """Bytes per tier and purpose of one engine, activations excluded until the batch shape is known.
 
-    `prediction`: how long a step takes, where its shape was planned ahead.
+    `boundaries`: the tier of those that leave the device. `prediction`: how long a step takes, where its shape was
+    planned ahead.
     """
 
     num_blocks: int
@@ -89,6 +92,7 @@ class MemoryPlan:
     limits: Limits
     activations: tuple[Line, ...] = field(default=())
     prediction: StepPrediction | None = None
+    boundaries: Tier = Tier.dram
 
     def num_bytes(self, tier: str) -> int:
         """Planned bytes of `tier`."""
@@ -117,7 +121,7 @@ class MemoryPlan:
 
     def with_activations(self, lines: Sequence[Line], prediction: StepPrediction | None = None) -> MemoryPlan:
         """This plan for a known batch shape."""
-        return MemoryPlan(self.num_blocks, self.num_parameters, self.lines, self.limits, tuple(lines), prediction)
+        return replace(self, activations=tuple(lines), prediction=prediction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,8 @@ class MemoryNeeds:
     in_hbm: frozenset[int] = frozenset()  # blocks whose states are on the device
     moments: Moments = Moments.float32
     master: MasterFormat = MasterFormat.split
-    placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
+    placed: Placement = field(default_factory=dict)  # of states and kept gradients of the others that are not in dram
+    boundaries: Tier = Tier.dram  # of those that leave the device
     saving: int = 0  # bytes that checkpoints are written from
     cxl: CxlTier = NO_CXL
 
@@ -145,8 +150,19 @@ class MemoryNeeds:
 
     @property
     def on_nvme(self) -> frozenset[Place]:
-        """States of blocks that are on nvme."""
-        return on_tier(self.placed, Tier.nvme)
+        """States of blocks that are on nvme, gradients apart."""
+        return frozenset(place for place in on_tier(self.placed, Tier.nvme) if place[0] != GRADS)
+
+    @property
+    def grads_on_nvme(self) -> frozenset[int]:
+        """Blocks whose gradients wait on nvme."""
+        return frozenset(block for name, block in on_tier(self.placed, Tier.nvme) if name == GRADS)
+
+    @property
+    def gradient_map(self) -> DiskMap:
+        """The file of the gradients that wait on nvme."""
+        places = [(GRADS, block) for block in self.grads_on_nvme]
+        return map_disk([State(GRADS, self.grad_dtype)], self.layouts, places)
 
     def tier(self, state: str, block: int) -> Tier:
         """Where a state of a block, or its gradient, is."""
@@ -164,7 +180,7 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
         BudgetError: states, slots or framework do not fit; says by how much and the smallest budget that works.
     """
     parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
-    plan = MemoryPlan(len(needs.layouts), parameters, fixed_lines(needs), limits)
+    plan = MemoryPlan(len(needs.layouts), parameters, fixed_lines(needs), limits, boundaries=needs.boundaries)
     check_fits(plan, f"a smaller model, {_remedy(plan, needs)}")
     return plan
 
@@ -177,6 +193,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *_state_lines(needs),
         *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         *_nvme_lines(needs),
+        *_nvme_gradient_lines(needs),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -241,6 +258,17 @@ def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
         Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
         *lines,
         Line("nvme", "padding", padding),
+    ]
+
+
+def _nvme_gradient_lines(needs: MemoryNeeds) -> list[Line]:
+    """Gradients that wait on nvme, and the ring that they pass through."""
+    on_disk = needs.gradient_map
+    if not on_disk.regions:
+        return []
+    return [
+        Line("host", "nvme staging, gradients", RING_BUFFERS * on_disk.largest),
+        Line("nvme", "gradients", on_disk.num_bytes),
     ]
 
 

@@ -57,10 +57,10 @@ class Placer:
         """
         if self.policy is Policy.cxl_aware:  # again where gradients have grown: they come after all states
             return fill_dram(replace(needs, in_hbm=frozenset()), limits)
+        if self.rules or self.policy in POLICY_RULES:  # again where gradients have come to wait: states stay
+            return apply_rules(self.rules, POLICY_RULES.get(self.policy, ()), needs)
         if needs.placed:
             return needs
-        if self.rules or self.policy in POLICY_RULES:
-            return apply_rules(self.rules, POLICY_RULES.get(self.policy, ()), needs)
         if self.num_blocks is not None:
             chosen = replace(needs, in_hbm=first_blocks(needs.layouts, self.num_blocks))
         elif self.moves:

@@ -1,7 +1,9 @@
 """Which tier of the host holds which state of which block: rules, the policies made of them, and what spills to nvme.
 
 A rule names states, blocks and a tier; the first that fits decides, what none names is in dram. A policy is a list of
-rules that follow the user's own. Pure arithmetic on layouts and budgets.
+rules that follow the user's own. Gradients that wait for their update count as a state, `grads`. `activations` are the
+boundaries that leave the device, of whichever blocks: a rule decides on all of them. Pure arithmetic on layouts and
+budgets.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from horizon.config.values import choice, settings
 from horizon.errors import ConfigError
 from horizon.layout import BlockLayout
 from horizon.plan.disk import Place
-from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines
+from horizon.plan.memory import ACTIVATIONS, GRADS, Limits, MemoryNeeds, fixed_lines
 
 POLICY_RULES: Mapping[Policy, tuple[TierRule, ...]] = {
     Policy.nvme_optimizer: (TierRule(state="exp_avg*", tier=Tier.nvme), TierRule(state="residual", tier=Tier.nvme)),
@@ -48,41 +50,83 @@ def apply_rules(rules: Sequence[TierRule], policy: Sequence[TierRule], needs: Me
     """`needs` with every state where the first rule that fits says, the policy's coming last.
 
     Raises:
-        ConfigError: a rule of `rules` decides nothing, or puts a part of a block in hbm.
+        ConfigError: a rule of `rules` decides nothing, puts a part of a block in hbm, or activations where none can be.
     """
-    by_block = [[s for s in needs.states if s.numel(lay)] for lay in needs.layouts]
+    names = {lay.index: _placeable(needs, lay) for lay in needs.layouts}
     tiers: dict[Place, Tier] = {}
-    decided = [0] * len(rules)
-    for layout, states in zip(needs.layouts, by_block, strict=True):
-        for state in states:
+    decided = set[int]()
+    for layout in needs.layouts:
+        for name in names[layout.index]:
             for i, rule in enumerate((*rules, *policy)):
-                if fnmatchcase(state.name, rule.state) and names_block(rule.blocks, layout):
-                    tiers[state.name, layout.index] = rule.tier
-                    if i < len(rules):
-                        decided[i] += 1
+                if fnmatchcase(name, rule.state) and names_block(rule.blocks, layout):
+                    tiers[name, layout.index] = rule.tier
+                    decided.add(i)
                     break
-    for i, (rule, num) in enumerate(zip(rules, decided, strict=True)):
-        if not num:
-            names = ", ".join(state.name for state in needs.states)
-            raise ConfigError(
-                f"memory.rules[{i}] (state={rule.state}, blocks={rule.blocks}, tier={rule.tier}) decides nothing: no "
-                f"such states or blocks, or rules before it do; states are {names}, blocks 0 to {len(by_block) - 1} or "
-                f"{needs.layouts[0].name}, {needs.layouts[1].name}, ..., {needs.layouts[-1].name}"
-            )
+    boundaries = Tier.dram
+    for i, rule in enumerate((*rules, *policy)):
+        if _decides_on_boundaries(rule, f"memory.rules[{i}]", needs):
+            boundaries = rule.tier
+            decided.add(i)
+            break
+    for i, rule in enumerate(rules):
+        if i not in decided:
+            raise ConfigError(f"memory.rules[{i}] {_describe(rule)} decides nothing: {_choices(needs)}")
     in_hbm = frozenset(block for (_, block), tier in tiers.items() if tier is Tier.hbm)
     for layout in needs.layouts:
         if layout.index in in_hbm:
-            _check_whole(layout, [s.name for s in by_block[layout.index]], tiers, in_hbm)
+            _check_whole(layout, names[layout.index], tiers, in_hbm)
     placed = {place: tier for place, tier in tiers.items() if tier not in (Tier.hbm, Tier.dram)}
-    return replace(needs, in_hbm=in_hbm, placed=placed)
+    return replace(needs, in_hbm=in_hbm, placed=placed, boundaries=boundaries)
+
+
+def _placeable(needs: MemoryNeeds, layout: BlockLayout) -> list[str]:
+    """The states of a block, and its gradient where that waits."""
+    waits = needs.keeps_gradients and layout.num_trainable
+    return [state.name for state in needs.states if state.numel(layout)] + [GRADS] * bool(waits)
+
+
+def _decides_on_boundaries(rule: TierRule, name: str, needs: MemoryNeeds) -> bool:
+    """Whether the rule says where offloaded boundaries go; one that names states, too, does where that is possible.
+
+    Raises:
+        ConfigError: it names them alone, and a tier or blocks for which that is not possible.
+    """
+    if not fnmatchcase(ACTIVATIONS, rule.state):
+        return False
+    possible = rule.tier in (Tier.dram, Tier.nvme) and rule.blocks.strip() == "*"
+    if not possible and not any(fnmatchcase(state, rule.state) for state in (*(s.name for s in needs.states), GRADS)):
+        raise ConfigError(
+            f"{name} {_describe(rule)}: activations that leave the device go to dram or nvme (to cxl with "
+            "memory.policy=cxl_aware), those of all blocks alike, as it depends on the batch which ones leave; use "
+            "blocks=* and tier=nvme, and memory.device_budget to say how many stay"
+        )
+    return possible
+
+
+def _describe(rule: TierRule) -> str:
+    return f"(state={rule.state}, blocks={rule.blocks}, tier={rule.tier})"
+
+
+def _choices(needs: MemoryNeeds) -> str:
+    """What a rule could have named."""
+    names = [*(state.name for state in needs.states), *([GRADS] if needs.keeps_gradients else []), ACTIVATIONS]
+    no_grads = "" if needs.keeps_gradients else " (no grads, which do not wait with this clipping)"
+    first, second, *_, last = (layout.name for layout in needs.layouts)
+    return (
+        f"no such states or blocks, or rules before it do; states are {', '.join(names)}{no_grads}, "
+        f"blocks 0 to {len(needs.layouts) - 1} or {first}, {second}, ..., {last}"
+    )
 
 
 def _check_whole(
     layout: BlockLayout, names: Sequence[str], tiers: Mapping[Place, Tier], in_hbm: frozenset[int]
 ) -> None:
-    """Raise a ConfigError unless the block is in hbm with all its states and all that it borrows."""
+    """Raise a ConfigError unless the block is in hbm with all its states and all that it borrows.
+
+    Its gradient is there, too, unless a rule says otherwise.
+    """
     for name in names:
-        tier = tiers.get((name, layout.index), Tier.dram)
+        tier = tiers.get((name, layout.index), Tier.hbm if name == GRADS else Tier.dram)
         if tier is not Tier.hbm:
             raise ConfigError(
                 f"memory.rules put a part of block {layout.name} in hbm, but its {name} on {tier}; hbm holds all "
@@ -111,13 +155,17 @@ def spill(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
     """`needs` with as little on nvme as it takes for the rest to fit host memory; as it is where all of it fits.
 
     What only the update reads goes first, from the last block downward: the first blocks' updates are awaited soonest.
-    Weights, which are also read by every pass, go last. Should nothing fit, all is there, and the plan refuses it.
+    Then gradients, which every pass writes, and weights, which it reads. Should nothing fit, all is there, and the plan
+    refuses it.
     """
     if tier_bytes(needs)[0] <= limits.host:
         return needs
     last_first = [lay for lay in reversed(needs.layouts) if lay.index not in needs.in_hbm]
-    kinds = [[s for s in needs.states if s.name != "weights"], [s for s in needs.states if s.name == "weights"]]
-    order = [(s.name, lay.index) for kind in kinds for lay in last_first for s in kind if s.numel(lay)]
+    optimizer = [state.name for state in needs.states if state.name != "weights"]
+    kinds = optimizer, [GRADS], ["weights"]
+    order = [
+        (name, lay.index) for kind in kinds for lay in last_first for name in kind if name in _placeable(needs, lay)
+    ]
     option = needs
     for num in range(1, len(order) + 1):
         option = replace(needs, placed=dict.fromkeys(order[:num], Tier.nvme))

@@ -16,8 +16,8 @@ def check_memory(memory: MemoryConfig) -> None:
 
 
 def check_speculation(needs: MemoryNeeds, clip: Clip) -> None:
-    """Raise a ConfigError where states are on nvme and updates could be taken back."""
-    if clip is Clip.speculative and needs.on_nvme:
+    """Raise a ConfigError where states or gradients are on nvme and updates could be taken back."""
+    if clip is Clip.speculative and (needs.on_nvme or needs.grads_on_nvme):
         raise ConfigError(
             "clip=speculative takes updates back, which would bring states on nvme over the disk twice; set "
             "optim.clip=exact or lagged, or keep states in dram (memory.policy=dram)"

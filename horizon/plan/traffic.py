@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.disk import by_block, loaded_states, num_pages, page_spans, staged_parts
-from horizon.plan.memory import MemoryNeeds
+from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 
 
 def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
@@ -29,7 +29,10 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
 
 
 def _disk_traffic(needs: MemoryNeeds, loads: Sequence[BlockLayout]) -> dict[tuple[str, str], int]:
-    """What these loads and the update move: states on nvme are read for each load, read and written for the update."""
+    """What these loads and the update move: states on nvme are read for each load, read and written for the update.
+
+    Gradients there are written, and read but for those that are still in the ring when the backward is over.
+    """
     states, layouts, places = needs.states, needs.layouts, needs.on_nvme
     updated = sum(
         num_bytes
@@ -39,7 +42,14 @@ def _disk_traffic(needs: MemoryNeeds, loads: Sequence[BlockLayout]) -> dict[tupl
     )
     loaded = loaded_states(states, needs.compute_dtype)
     read = sum(staged_parts(loaded, layout, places)[1] for layout in loads)
-    return {("disk", "read"): updated + read, ("disk", "write"): updated} if places else {}
+    regions = needs.gradient_map.regions
+    grads = [regions[GRADS, block].num_bytes for block in sorted(needs.grads_on_nvme)]
+    if not places and not grads:
+        return {}
+    return {
+        ("disk", "read"): updated + read + sum(grads[RING_BUFFERS:]),
+        ("disk", "write"): updated + sum(grads),
+    }
 
 
 def loaded_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:

@@ -3,13 +3,14 @@
 Exact clipping makes all gradients wait for the global norm, so they are *kept* (2 B/param in bf16). Without
 clipping a block's update starts as soon as its gradient has landed, and a *ring* of a few buffers is enough.
 The executor claims a block's buffer before writing it; the optimizer releases it after the update. A buffer is on the
-tier of its block's states: on the host, where the gradient is drained to, or on the device, where it stays.
+tier of its block's states: on the host, where the gradient is drained to, or on the device, where it stays. Kept
+gradients may wait on nvme instead: they go there through a ring as well, and come back through it for their update.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from horizon.errors import HorizonError
 from horizon.layout import BlockLayout
+from horizon.plan.disk import Place
 from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
+from horizon.store.ledger import Ledger
+from horizon.store.loads import Event
+from horizon.store.nvme import NvmeFolder, as_bytes
+from horizon.store.spill import Spill
 from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 
 CPU = torch.device("cpu")
@@ -28,10 +34,32 @@ class GradientBuffers(Protocol):
 
     dtype: torch.dtype
     kept: bool  # gradients stay readable until the next backward
-    in_hbm: frozenset[int]  # blocks whose buffers are on the device
+    on_nvme: frozenset[int]  # blocks whose gradients go to disk and come back
+
+    @property
+    def in_hbm(self) -> frozenset[int]:
+        """Blocks whose buffers are on the device."""
+
+    def begin(self, order: Sequence[int], adds: bool) -> None:
+        """A backward is about to claim these blocks, in this order; no update of them is under way.
+
+        `adds`: to what is in their buffers, else that is void.
+        """
 
     def claim(self, block: int) -> Tensor:
         """The block's buffer, [num_trainable]; waits until one is free. Claiming again returns the same."""
+
+    def filled(self, block: int, event: Event) -> None:
+        """After `event` the block's whole gradient is in its buffer."""
+
+    def expect_updates(self) -> None:
+        """All blocks will be updated, in order."""
+
+    def gradient(self, block: int) -> Tensor:
+        """The block's gradient, [num_trainable], for its update, until it is released."""
+
+    def read(self, block: int, start: int, stop: int) -> Tensor:
+        """Elements of the block's kept gradient, a new fp32 tensor on the CPU."""
 
     def release(self, block: int) -> None:
         """The block's gradient is no longer needed."""
@@ -51,9 +79,10 @@ class GradientBuffers(Protocol):
 
 
 class KeptGradients:
-    """A buffer for every block."""
+    """A buffer for every block but those in `elsewhere`."""
 
     kept = True
+    on_nvme: frozenset[int] = NOWHERE
 
     def __init__(
         self,
@@ -63,14 +92,29 @@ class KeptGradients:
         device: torch.device = CPU,
         in_hbm: Set[int] = NOWHERE,
         nodes: Nodes = anywhere,
+        elsewhere: Set[int] = NOWHERE,
     ):
         self.dtype, self.in_hbm = dtype, frozenset(in_hbm)
-        self._buffers = TieredState(
-            [lay.num_trainable for lay in layouts], dtype, GRADS, pin, device, in_hbm, nodes=nodes
-        )
+        numels = [lay.num_trainable for lay in layouts]
+        self._buffers = TieredState(numels, dtype, GRADS, pin, device, in_hbm, elsewhere, nodes)
+
+    def begin(self, order: Sequence[int], adds: bool) -> None:
+        pass
 
     def claim(self, block: int) -> Tensor:
         return self._buffers.blocks[block]
+
+    def filled(self, block: int, event: Event) -> None:
+        pass
+
+    def expect_updates(self) -> None:
+        pass
+
+    def gradient(self, block: int) -> Tensor:
+        return self.claim(block)
+
+    def read(self, block: int, start: int, stop: int) -> Tensor:
+        return self.claim(block)[start:stop].to("cpu", torch.float32, copy=True)
 
     def release(self, block: int) -> None:
         pass
@@ -98,6 +142,7 @@ class RingGradients:
     """
 
     kept = False
+    on_nvme: frozenset[int] = NOWHERE
 
     def __init__(
         self,
@@ -127,6 +172,9 @@ class RingGradients:
         self._buffers = TieredState(numels, self.dtype, GRADS, self._pin, self._device, in_hbm, nodes=lambda *_: nodes)
         self._free = {False: self._buffers.blocks[:num], True: self._buffers.blocks[num:]}  # by: on the device
 
+    def begin(self, order: Sequence[int], adds: bool) -> None:
+        pass
+
     def claim(self, block: int) -> Tensor:
         with self._changed:
             if block not in self._claimed:
@@ -136,6 +184,18 @@ class RingGradients:
                     raise self._error
                 self._claimed[block] = free.pop()
             return self._claimed[block][: self._sizes[block]]
+
+    def filled(self, block: int, event: Event) -> None:
+        pass
+
+    def expect_updates(self) -> None:
+        pass
+
+    def gradient(self, block: int) -> Tensor:
+        return self.claim(block)
+
+    def read(self, block: int, start: int, stop: int) -> Tensor:
+        raise HorizonError("a ring keeps no gradients")
 
     def release(self, block: int) -> None:
         with self._changed:
@@ -164,8 +224,100 @@ class RingGradients:
         self._buffers.close()
 
 
-def make_buffers(needs: MemoryNeeds, pin: bool, device: torch.device) -> KeptGradients | RingGradients:
-    """The buffers that the plan has counted."""
-    if needs.keeps_gradients:
-        return KeptGradients(needs.layouts, needs.grad_dtype, pin, device, needs.in_hbm, needs.nodes)
-    return RingGradients(needs.layouts, needs.grad_dtype, pin, RING_BUFFERS, device, needs.in_hbm, needs.nodes)
+class SpilledGradients:
+    """Kept gradients, those of `spilled` blocks on nvme.
+
+    Args:
+        in_memory: the buffers of the other blocks.
+        spill: passes the spilled ones through a ring.
+    """
+
+    kept = True
+
+    def __init__(
+        self, in_memory: KeptGradients, spill: Spill, layouts: Sequence[BlockLayout], spilled: Collection[int]
+    ):
+        self._in_memory, self._spill, self.dtype = in_memory, spill, in_memory.dtype
+        self._sizes = {lay.index: lay.num_trainable for lay in layouts}
+        self.on_nvme = frozenset(spilled)
+
+    @property
+    def in_hbm(self) -> frozenset[int]:
+        """Blocks whose buffers are on the device."""
+        return self._in_memory.in_hbm
+
+    def begin(self, order: Sequence[int], adds: bool) -> None:
+        self._spill.begin()
+        if adds:
+            self._spill.expect(self._places(order))
+
+    def claim(self, block: int) -> Tensor:
+        if block not in self.on_nvme:
+            return self._in_memory.claim(block)
+        return self._numbers(block, self._spill.claim((GRADS, block)))
+
+    def filled(self, block: int, event: Event) -> None:
+        if block in self.on_nvme:
+            self._spill.filled((GRADS, block), event)
+
+    def expect_updates(self) -> None:
+        self._spill.expect(self._places(sorted(self.on_nvme)))
+
+    def gradient(self, block: int) -> Tensor:
+        if block not in self.on_nvme:
+            return self._in_memory.gradient(block)
+        return self._numbers(block, self._spill.fetch((GRADS, block)))
+
+    def read(self, block: int, start: int, stop: int) -> Tensor:
+        if block not in self.on_nvme:
+            return self._in_memory.read(block, start, stop)
+        numbers = torch.empty(stop - start, dtype=self.dtype)
+        self._spill.read((GRADS, block), start * self.dtype.itemsize, as_bytes(numbers))
+        return numbers.float()
+
+    def release(self, block: int) -> None:
+        if block in self.on_nvme:
+            self._spill.release((GRADS, block))
+
+    def fail(self, error: BaseException) -> None:
+        """The ledger tells who waits for a buffer."""
+
+    def keep_in_hbm(self, in_hbm: Set[int]) -> None:
+        self._in_memory.keep_in_hbm(in_hbm)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._in_memory.num_bytes + self._spill.num_bytes
+
+    def close(self) -> None:
+        self._spill.close()
+        self._in_memory.close()
+
+    def _places(self, blocks: Sequence[int]) -> list[Place]:
+        return [(GRADS, block) for block in blocks if block in self.on_nvme]
+
+    def _numbers(self, block: int, data: Tensor) -> Tensor:
+        return data.view(self.dtype)[: self._sizes[block]]
+
+
+def make_buffers(
+    needs: MemoryNeeds, pin: bool, device: torch.device, ledger: Ledger, nvme: NvmeFolder
+) -> GradientBuffers:
+    """The buffers that the plan has counted.
+
+    Raises:
+        BudgetError: a tier has no room for them.
+    """
+    spilled, on_disk = needs.grads_on_nvme, needs.gradient_map
+    if not needs.keeps_gradients:
+        return RingGradients(needs.layouts, needs.grad_dtype, pin, RING_BUFFERS, device, needs.in_hbm, needs.nodes)
+    kept = KeptGradients(needs.layouts, needs.grad_dtype, pin, device, needs.in_hbm, needs.nodes, spilled)
+    if not spilled:
+        return kept
+    try:
+        nodes = needs.nodes(GRADS, min(spilled))
+        spill = Spill(nvme.open(on_disk), on_disk, RING_BUFFERS, ledger, pin, nodes)
+    except BaseException:
+        kept.close()
+        raise
+    return SpilledGradients(kept, spill, needs.layouts, spilled)

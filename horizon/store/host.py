@@ -49,7 +49,7 @@ class HostStore:
     Args:
         pin: register with CUDA what crosses the link.
         pin_residual: residuals cross it, too: blocks compute in fp32.
-        placed: states of blocks on the host that are not in DRAM.
+        placed: states of blocks on the host that are not in DRAM; it may name other things, which are not here.
         nvme_dir: the folder for those on nvme.
 
     Attributes:
@@ -80,7 +80,6 @@ class HostStore:
         self._nodes = nodes
         self.layouts = tuple(layouts)
         self.in_hbm = frozenset(in_hbm)
-        self.on_nvme = on_tier(placed or {}, Tier.nvme)
         self._device = device
         self.ledger = Ledger(len(self.layouts))
         self._states: dict[str, TieredState] = {}
@@ -89,6 +88,7 @@ class HostStore:
         self.loads: StagedLoads | None = None
         weights, *rest = MASTERS[master]
         self._kinds = {state.name: state for state in states_of(master, moments)}
+        self.on_nvme = frozenset(place for place in on_tier(placed or {}, Tier.nvme) if place[0] in self._kinds)
         loaded = [weights, *rest] if pin_residual else [weights]
         try:
             if self.on_nvme:

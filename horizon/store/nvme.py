@@ -34,6 +34,11 @@ Done = Callable[[BaseException | None], None]
 Observer = Callable[[str, int, int], AbstractContextManager[None]]  # what is done, block, bytes
 
 
+def unobserved(what: str, block: int, num_bytes: int) -> AbstractContextManager[None]:
+    """Nobody takes it down."""
+    return nullcontext()
+
+
 class Move(NamedTuple):
     """Bytes of a state between disk and memory, whole disk blocks."""
 
@@ -56,7 +61,7 @@ class NvmeTier:
 
     def __init__(self, folder: Path, engine: DiskEngine):
         self._folder, self._engine = folder, engine
-        self.observe: Observer = lambda what, block, num_bytes: nullcontext()
+        self.observe: Observer = unobserved
         self._error: BaseException | None = None
         self._pool = ThreadPoolExecutor(THREADS, "horizon-disk")
         self._bounce: Arena | None = None
@@ -197,6 +202,20 @@ def open_nvme(folder: str, engine: NvmeEngine, disk_map: DiskMap) -> NvmeTier:
         logger.info("states on nvme are zarr3 arrays in %s, written by tensorstore", folder)
         return NvmeTier(path, ZarrStates(path, disk_map))
     return NvmeTier(path, DirectFile(path, disk_map))
+
+
+class NvmeFolder(NamedTuple):
+    """Where files of the tier are made, one for each kind of thing there: each is as large as it will be."""
+
+    path: str
+    engine: NvmeEngine
+    observe: Observer = unobserved
+
+    def open(self, disk_map: DiskMap) -> NvmeTier:
+        """A new file, all zeros; raises as `open_nvme`."""
+        tier = open_nvme(self.path, self.engine, disk_map)
+        tier.observe = self.observe
+        return tier
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

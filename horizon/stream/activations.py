@@ -16,7 +16,7 @@ from horizon.plan.activations import (
     plan_activations,
 )
 from horizon.plan.memory import MemoryPlan
-from horizon.store.offload import OffloadSpace
+from horizon.store.offload import HostRegions, OffloadFile, OffloadSpace
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.measure import measured_rows
 from horizon.stream.streams import Streams
@@ -40,17 +40,18 @@ class Activations:
         recompute: as configured.
         token_bytes: bytes of one token's hidden state.
         nodes: NUMA nodes of what leaves the device; none: where the kernel puts it.
+        file: for what leaves it for nvme; None where nothing is run.
     """
 
     def __init__(
         self, working_set: WorkingSetOf, streams: Streams, on_cpu: bool, recompute: Recompute, token_bytes: int,
-        nodes: Sequence[int] = (),
+        nodes: Sequence[int] = (), file: OffloadFile | None = None,
     ):  # fmt: skip
         self._working_set_of, self._streams, self._token_bytes = working_set, streams, token_bytes
         self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
         self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
-        self._offload = OffloadSpace(not on_cpu, nodes)
+        self._offload, self._file = OffloadSpace(not on_cpu, nodes), file
 
     @property
     def kinds(self) -> frozenset[Recompute]:
@@ -105,13 +106,18 @@ class Activations:
         `buffers`: per block its gradient buffer, empty where it may not be borrowed.
         """
         if not planned.offloaded:
-            return Boundaries(self._streams, {})
+            return Boundaries(self._streams, HostRegions({}))
         sizes = boundary_sizes(planned.offloaded, tokens, self._token_bytes)
-        return Boundaries(self._streams, self._offload.regions(sizes, buffers))
+        if planned.on_nvme:
+            assert self._file is not None
+            return Boundaries(self._streams, self._file.make_room(sizes))
+        return Boundaries(self._streams, HostRegions(self._offload.regions(sizes, buffers)))
 
     def close(self) -> None:
-        """Give host memory back. Idempotent."""
+        """Give host memory and disk back. Idempotent."""
         self._offload.close()
+        if self._file is not None:
+            self._file.close()
 
     def _planned(
         self,

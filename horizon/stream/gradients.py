@@ -84,6 +84,7 @@ class GradientSlots:
         self._sum = streams.empty(total, dtype=torch.float32)
         self._spans = _all_spans(layouts)
         self._padding = [_padding(lay, spans) for lay, spans in zip(layouts, self._spans, strict=True)]
+        self._order = list(dict.fromkeys(span.owner for spans in reversed(self._spans) for span in spans))  # as claimed
         self._partial: dict[int, dict[tuple[int, int], _Partial]] = {}  # by owner and host range
         self._first_norm = _first_norms(layouts)
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
@@ -110,6 +111,8 @@ class GradientSlots:
         """Start summing `block`'s gradients; with `single`, `add` will be called just once."""
         self._block = block
         slot = self._slot
+        if block == len(self._layouts) - 1:  # the first; blocks have seen the step before, or they were not loaded
+            self._buffers.begin(self._order, adds=bool(self._partial))
         if block in self._in_hbm:
             trains = self._layouts[block].num_trainable > 0  # else no update would release the buffer
             self._flat = self._claim(block) if trains else self._sum[:0]
@@ -242,8 +245,9 @@ class GradientSlots:
         return range(to.start, to.stop)
 
     def _claim(self, owner: int) -> Tensor:
-        """The owner's host buffer; of a ring, when an update gives one back."""
-        with self._streams.waiting(Cause.optimizer, "gradient buffer", owner):
+        """The owner's host buffer; of a ring, when an update, or the disk, gives one back."""
+        cause = Cause.disk if owner in self._buffers.on_nvme else Cause.optimizer
+        with self._streams.waiting(cause, "gradient buffer", owner):
             return self._buffers.claim(owner)
 
     def _measure(self, block: int, flat: Tensor) -> None:
@@ -270,6 +274,7 @@ class GradientSlots:
             slot.drained = drained
             self._turn = (self._turn + 1) % len(self._slots)
         if self._layouts[block].num_trainable:
+            self._buffers.filled(block, drained)
             sink.landed(block, drained, self._host_norms[own])
         for span in self._spans[block]:
             if span.owner != block:

@@ -73,14 +73,14 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, which `known` then knows; None where `time` fails or states are on nvme.
+        """A step of these micro-batches, which `known` then knows; None where `time` fails or the disk has a part.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if needs.on_nvme:  # the lanes have no disk
+        if needs.on_nvme or needs.grads_on_nvme or planned.on_nvme:  # the lanes have no disk
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None

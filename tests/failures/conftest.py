@@ -1,5 +1,8 @@
 """What every failure must satisfy: its type, one line, no hang, and a process that is as good as before."""
 
+import errno
+import itertools
+import os
 import threading
 import weakref
 from contextlib import contextmanager
@@ -114,3 +117,28 @@ def fails():
 def tools():
     """The helpers above, as a namespace."""
     return SimpleNamespace(LLAMA=LLAMA, make_batch=make_batch, train=train, equal=equal)
+
+
+@pytest.fixture
+def memory(tmp_path):
+    (tmp_path / "nvme").mkdir()
+    return lambda **settings: horizon.MemoryConfig(
+        **{"policy": "nvme_all", "nvme_dir": str(tmp_path / "nvme"), **settings}
+    )
+
+
+@pytest.fixture
+def break_disk(monkeypatch):
+    """`break_disk("preadv", n)`: from the n-th call on, that system call fails."""
+
+    def break_disk(call, number, error=errno.EIO):
+        real, calls = getattr(os, call), itertools.count(1)
+
+        def broken(*args):
+            if next(calls) >= number:
+                raise OSError(error, os.strerror(error))
+            return real(*args)
+
+        monkeypatch.setattr(os, call, broken)
+
+    return break_disk

@@ -1,40 +1,14 @@
 """A disk that is full, broken or gone: the first error stops the run and says what is lost; nothing hangs."""
 
 import errno
-import itertools
 import shutil
 from unittest import mock
 
 import pytest
 
-from horizon import MemoryConfig, TierRule
+from horizon import TierRule
 from horizon.config.schema import Tier
 from horizon.errors import BudgetError, ConfigError, TierError
-
-
-@pytest.fixture
-def memory(tmp_path):
-    (tmp_path / "nvme").mkdir()
-    return lambda **settings: MemoryConfig(**{"policy": "nvme_all", "nvme_dir": str(tmp_path / "nvme"), **settings})
-
-
-@pytest.fixture
-def break_disk(monkeypatch):
-    """`break_disk("preadv", n)`: from the n-th call on, that system call fails."""
-    import os
-
-    def break_disk(call, number, error=errno.EIO):
-        real, calls = getattr(os, call), itertools.count(1)
-
-        def broken(*args):
-            if next(calls) >= number:
-                raise OSError(error, os.strerror(error))
-            return real(*args)
-
-        monkeypatch.setattr(os, call, broken)
-
-    return break_disk
-
 
 # ---- before training
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import horizon
-from horizon.store import disk, nvme
+from horizon.store import disk, nvme, offload
 from tests.gpu.models import EAGER, batches, build, differing, engine
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +50,38 @@ def test_weights_are_those_of_host_memory(policy, clip, dtype, master, tmp_path,
     assert differing(others, weights) == []
 
 
+RULES = {state: [horizon.TierRule(state=state, tier="nvme")] for state in ("grads", "activations")}
+RULES["both"] = [*RULES["grads"], *RULES["activations"]]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("num_buffers", [2, 4])
+def test_gradients_and_activations_come_back_as_they_left(
+    rules, dtype, num_buffers, tmp_path, monkeypatch, offload_everything
+):
+    """All boundaries leave, two backwards add up, and a step follows at once."""
+    offload_everything()
+    monkeypatch.setattr(nvme, "DirectFile", SlowFile)
+    monkeypatch.setattr(offload, "BOUNDARY_BUFFERS", num_buffers)
+    found = []
+    for memory in ({}, {"rules": RULES[rules], "nvme_dir": str(tmp_path)}):
+        placed = horizon.MemoryConfig(policy="dram", **memory)
+        with engine(build("llama, tied", **EAGER), memory=placed, compute_dtype=dtype) as one:
+            losses = [one.step(batches(3, seed=seed)).loss for seed in range(3)]
+            losses += [one.forward_backward(batches(3, seed=seed)) for seed in (3, 4)]
+            gradients = dict(one.named_gradients())
+            one.optimizer_step()
+            losses.append(one.step(batches(3, seed=5)).loss)
+            if memory and rules != "activations":
+                assert all(region.is_pinned() for region in one._runtime.buffers._spill._arena.regions)
+            found.append((losses, gradients, dict(one.named_master_parameters())))
+    (losses, gradients, weights), (other_losses, other_gradients, other_weights) = found
+    assert other_losses == losses
+    assert differing(other_gradients, gradients) == []
+    assert differing(other_weights, weights) == []
+
+
 def test_peaks_are_those_of_the_plan(tmp_path):
     shape = {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816,
@@ -63,5 +95,6 @@ def test_peaks_are_those_of_the_plan(tmp_path):
         plan = found.plan
         assert found.device_bytes <= plan.num_bytes("device") * 1.03 + (256 << 20)
         assert found.host_bytes <= plan.num_bytes("host") * 1.03 + (256 << 20)
-        assert all(region.is_pinned() for region in found._runtime.store.loads._arena.regions)
+        for staging in (found._runtime.store.loads, found._runtime.buffers._spill):
+            assert all(region.is_pinned() for region in staging._arena.regions)
     torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horizon.config.schema import Moments
+from horizon.config.schema import Moments, NvmeEngine
 from horizon.errors import BudgetError
 from horizon.layout import ParamSpec, place_block
 from horizon.plan.activations import WorkingSet, boundary_sizes, choose_micro_batch, own_bytes, plan_activations
@@ -15,6 +15,7 @@ from horizon.plan.memory import Limits, Line, MemoryNeeds, MemoryPlan, plan_memo
 from horizon.store import tiers
 from horizon.store.gradients import make_buffers
 from horizon.store.host import HostStore
+from horizon.store.nvme import NvmeFolder
 from horizon.store.offload import OffloadSpace
 from horizon.stream.gradients import GradientSlots
 from horizon.stream.slots import WeightSlots
@@ -96,7 +97,7 @@ def test_what_is_allocated_is_what_was_planned(compute, grad, keeps, moments, in
     streams = Counting.on(CPU)
     with mock.patch.object(tiers.torch, "zeros", counting_zeros):
         store = HostStore(LAYOUTS, False, False, CPU, planned.in_hbm, planned.moments)
-        buffers = make_buffers(planned, False, CPU)
+        buffers = make_buffers(planned, False, CPU, store.ledger, NvmeFolder("", NvmeEngine.auto))
     WeightSlots(streams, store, planned.weight_slots, compute)
     GradientSlots(streams, LAYOUTS, buffers)
     plan = plan_memory(planned, PLENTY)

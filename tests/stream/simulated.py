@@ -21,6 +21,7 @@ from torch import Tensor
 from horizon.config.schema import Recompute
 from horizon.models.blocks import BlockModel
 from horizon.store.gradients import KeptGradients
+from horizon.store.offload import HostRegions
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.gradients import GradientSlots
@@ -187,7 +188,13 @@ def simulate(
         streams.clock.host += durations.data
         with streams.entered():
             executor.train(
-                batches, 1, Boundaries(streams, space), sink, seed=0, recompute=recompute or {}, old_share=old_share
+                batches,
+                1,
+                Boundaries(streams, HostRegions(space)),
+                sink,
+                seed=0,
+                recompute=recompute or {},
+                old_share=old_share,
             )
             with streams.waiting(Cause.link, "last gradient"):
                 sink.event.synchronize()

@@ -16,6 +16,7 @@ from horizon.models.blocks import BlockModel
 from horizon.models.skeleton import build_skeleton, init_parameters
 from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
+from horizon.store.offload import HostRegions
 from horizon.stream.batch import MicroBatch, to_micro_batches
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.executor import Executor, ExecutorSettings
@@ -77,7 +78,7 @@ def record_steps(
     batches = micro_batches(num_micro_batches)
     with _labelled(model, executor, recorder, num_micro_batches), recorder:
         for version, share in enumerate(old_shares):
-            boundaries = Boundaries(streams, space)
+            boundaries = Boundaries(streams, HostRegions(space))
             executor.train(batches, version, boundaries, sink, seed=version, recompute=recompute or {}, old_share=share)
             sink.finish()
             for layout in model.layouts:

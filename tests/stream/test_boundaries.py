@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from horizon.plan.activations import LOOKAHEAD
+from horizon.store.offload import HostRegions
 from horizon.stream.boundaries import Boundaries
 from horizon.stream.streams import Streams
 
@@ -28,7 +29,7 @@ def host_space(keys, num_bytes=1000):
     "offloaded", [[], [(3, 0), (3, 1)], [(2, 1)], KEYS], ids=["none", "one block", "one micro-batch", "all"]
 )
 def test_boundaries_come_back_bit_for_bit_in_the_order_of_backward(offloaded, dtype):
-    boundaries = Boundaries(STREAMS, host_space(offloaded))
+    boundaries = Boundaries(STREAMS, HostRegions(host_space(offloaded)))
     for key in KEYS:
         boundaries.save(key, hidden(key, dtype))
     for key in KEYS:
@@ -41,7 +42,7 @@ def test_boundaries_come_back_bit_for_bit_in_the_order_of_backward(offloaded, dt
 
 
 def test_an_offloaded_boundary_gives_its_device_memory_back_once_it_was_read_and_others_when_taken():
-    boundaries = Boundaries(STREAMS, host_space([(1, 0)]))
+    boundaries = Boundaries(STREAMS, HostRegions(host_space([(1, 0)])))
     gone, kept = hidden((1, 0), torch.float32), hidden((2, 0), torch.float32)
     references = weakref.ref(gone), weakref.ref(kept)
     boundaries.save((1, 0), gone)
@@ -67,7 +68,7 @@ def test_only_a_few_boundaries_are_on_their_way_back_at_once():
             asked.append(weakref.ref(result := super().empty(*shape, dtype=dtype)))
             return result
 
-    boundaries = Boundaries(Counting.on(torch.device("cpu")), host_space(KEYS))
+    boundaries = Boundaries(Counting.on(torch.device("cpu")), HostRegions(host_space(KEYS)))
     for key in KEYS:
         boundaries.save(key, hidden(key, torch.float32))
         boundaries.read(key)
@@ -80,7 +81,7 @@ def test_only_a_few_boundaries_are_on_their_way_back_at_once():
 
 def test_backward_that_ends_early_brings_back_only_what_it_needs():
     space = host_space(KEYS)
-    boundaries = Boundaries(STREAMS, space)
+    boundaries = Boundaries(STREAMS, HostRegions(space))
     for key in KEYS:
         boundaries.save(key, hidden(key, torch.float32))
         boundaries.read(key)
@@ -93,7 +94,7 @@ def test_backward_that_ends_early_brings_back_only_what_it_needs():
 
 def test_a_boundary_uses_the_front_of_its_region_and_leaves_the_rest():
     space = host_space([(1, 0)])
-    boundaries = Boundaries(STREAMS, space)
+    boundaries = Boundaries(STREAMS, HostRegions(space))
     boundaries.save((1, 0), hidden((1, 0), torch.bfloat16))
     num_bytes = ROWS * TOKENS * HIDDEN * 2
     assert torch.equal(
