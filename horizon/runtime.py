@@ -87,6 +87,7 @@ class Runtime:
                 needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine, needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
+            rates = replace(rates, disk=self.store.measure_disk())
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             self.streams = Streams.on(device)

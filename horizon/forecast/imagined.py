@@ -52,7 +52,7 @@ class Forecast:
 
     @property
     def prediction(self) -> StepPrediction | None:
-        """Of a step in steady state; None where states are on nvme, whose time is not predicted."""
+        """Of a step in steady state; None where a disk has a part in it whose speed is not known."""
         return self.plan.prediction
 
     def layers_that(self, recompute: Recompute) -> int:
@@ -180,7 +180,8 @@ class Forecaster:
             estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
-        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs))
+        disk = self.target.disk(config.memory) if needs.on_nvme else None
+        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs), disk=disk)
         return activations, Predictor(estimator.step_times, rates, token_bytes)
 
     def _cxl_bytes_per_s(self, rates: Rates, needs: MemoryNeeds) -> float:

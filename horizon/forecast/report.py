@@ -90,6 +90,7 @@ def _step(prediction: StepPrediction) -> dict[str, Any]:
         "arithmetic_s": prediction.arithmetic_s,
         "link_s": prediction.link_s,
         "optimizer_s": prediction.optimizer_s,
+        "disk_s": prediction.disk_s,
         "launch_s": prediction.launch_s,
     }
 

@@ -91,6 +91,13 @@ def page_spans(states: Iterable[State], layout: BlockLayout, page: int) -> dict[
     return spans
 
 
+def paged_bytes(states: Sequence[State], layout: BlockLayout, places: Collection[Place]) -> int:
+    """Bytes that an update of the block reads from disk, and writes."""
+    paged = [state for state, _ in by_block(states, [layout], places)]
+    spans = (page_spans(paged, layout, page) for page in range(num_pages(layout)))
+    return sum(num_bytes for of_page in spans for _, num_bytes in of_page.values())
+
+
 def update_page_bytes(states: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:
     """Bytes of one staged page: enough for any page of any block; 0 where updates stage nothing."""
     paged: dict[int, list[State]] = {}

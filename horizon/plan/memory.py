@@ -108,7 +108,7 @@ class MemoryPlan:
         if self.prediction:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
-            rows.append("  step time not predicted: the disk has no part in the prediction yet")
+            rows.append("  step time not predicted: nothing is known of the disk's speed")
         return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from horizon.config.schema import MasterFormat, Moments, NvmeEngine, Tier
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
+from horizon.plan.cost import DiskRates
 from horizon.plan.disk import (
     LOAD_BUFFERS,
     UPDATE_PAGES,
@@ -33,6 +34,7 @@ from horizon.store.ledger import Ledger
 from horizon.store.loads import StagedLoads
 from horizon.store.nvme import Move, NvmeTier, Observer, as_bytes, open_nvme
 from horizon.store.pages import UpdatePages
+from horizon.store.speed import measure_disk
 from horizon.store.split import join_master, split_master
 from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 from horizon.units import format_bytes
@@ -237,6 +239,10 @@ class HostStore:
             return high.float().view(param.spec.shape)
         low = self._read(("residual", block), param.offset, param.end)
         return join_master(high, low).view(param.spec.shape)
+
+    def measure_disk(self) -> DiskRates | None:
+        """How fast states on nvme can be moved, before there is anything in them; None where there are none."""
+        return None if self._nvme is None else measure_disk(self._nvme, self._map())
 
     def observe_disk(self, observe: Observer) -> None:
         """Have `observe` opened around all that is read from and written to nvme."""

@@ -73,14 +73,16 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, which `known` then knows; None where `time` fails or states are on nvme.
+        """A step of these micro-batches, which `known` then knows.
+
+        None where `time` fails, or a disk has a part in it whose speed is not known.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if needs.on_nvme:  # the lanes have no disk
+        if needs.on_nvme and self._rates.disk is None:
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None
