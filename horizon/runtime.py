@@ -87,6 +87,8 @@ class Runtime:
                 needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine, needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
+            needs = self.needs = replace(needs, pageable=self.store.pageable)
+            self.plan = plan_memory(needs, plan.limits)  # with staging for what CUDA refused, which nobody knew before
             rates = replace(rates, disk=self.store.measure_disk())
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged

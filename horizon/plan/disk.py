@@ -158,6 +158,14 @@ def staged_parts(
     return parts, place
 
 
+def staged_places(
+    on_nvme: Collection[Place], pageable: Collection[str], layouts: Iterable[BlockLayout], in_hbm: Collection[int]
+) -> frozenset[Place]:
+    """What the device cannot copy from where it is: on disk, or of a state that CUDA refuses to register."""
+    on_host = [layout.index for layout in layouts if layout.index not in in_hbm]
+    return frozenset(on_nvme) | {(name, block) for name in pageable for block in on_host}
+
+
 def load_buffer_bytes(loaded: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:
     """Bytes of a buffer for any load that is staged."""
     return max((staged_parts(loaded, layout, places)[1] for layout in layouts), default=0)

@@ -25,6 +25,7 @@ from horizon.plan.disk import (
     loaded_states,
     map_disk,
     on_tier,
+    staged_places,
     update_page_bytes,
 )
 from horizon.plan.prediction import StepPrediction
@@ -137,6 +138,7 @@ class MemoryNeeds:
     placed: Placement = field(default_factory=dict)  # of states of the other blocks that are not in dram
     saving: int = 0  # bytes that checkpoints are written from
     cxl: CxlTier = NO_CXL
+    pageable: frozenset[str] = frozenset()  # states that cross the link and that CUDA refuses to register
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -177,6 +179,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *_state_lines(needs),
         *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         *_nvme_lines(needs),
+        *_load_lines(needs),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -235,13 +238,19 @@ def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
         return []
     lines = [Line("nvme", purpose, _held(needs, kind, Tier.nvme)) for purpose, kind in _kinds(needs).items()]
     padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
-    loaded = loaded_states(states, needs.compute_dtype)
     return [
         Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, places)),
-        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
         *lines,
         Line("nvme", "padding", padding),
     ]
+
+
+def _load_lines(needs: MemoryNeeds) -> list[Line]:
+    """Pinned memory that loads pass through: those from disk, and those from memory that CUDA does not know."""
+    loaded = loaded_states(needs.states, needs.compute_dtype)
+    places = staged_places(needs.on_nvme, needs.pageable, needs.layouts, needs.in_hbm)
+    purpose = "pinned staging, loads" if needs.pageable else "nvme staging, loads"
+    return [Line("host", purpose, LOAD_BUFFERS * load_buffer_bytes(loaded, needs.layouts, places))]
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:

@@ -28,6 +28,7 @@ from horizon.plan.disk import (
     load_buffer_bytes,
     map_disk,
     on_tier,
+    staged_places,
 )
 from horizon.plan.states import MASTERS, MOMENTS, State, states_of
 from horizon.store.ledger import Ledger
@@ -63,6 +64,7 @@ class HostStore:
         ledger: how many optimizer steps the weights of each block have seen.
         pages: of states on nvme, for their update; None where none are.
         loads: of what the device cannot copy by itself; None where there is nothing of the kind.
+        pageable: states that cross the link and that CUDA refused to register.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class HostStore:
         self._nvme: NvmeTier | None = None
         self.pages: UpdatePages | None = None
         self.loads: StagedLoads | None = None
+        self.pageable: frozenset[str] = frozenset()
         weights, *rest = MASTERS[master]
         self._kinds = {state.name: state for state in states_of(master, moments)}
         loaded = [weights, *rest] if pin_residual else [weights]
@@ -127,12 +130,11 @@ class HostStore:
 
     def _stage_loads(self, loaded: Sequence[State], pin: bool) -> None:
         """Have what the device cannot copy by itself brought to pinned buffers ahead of it."""
-        pageable = [state.name for state in loaded if pin and not self._states[state.name].pinned]
-        on_host = [lay.index for lay in self.layouts if lay.index not in self.in_hbm]
-        places = self.on_nvme | {(name, block) for name in pageable for block in on_host}
-        if any((state.name, block) in places for state in loaded for block in on_host):
+        self.pageable = frozenset(state.name for state in loaded if pin and not self._states[state.name].pinned)
+        places = staged_places(self.on_nvme, self.pageable, self.layouts, self.in_hbm)
+        if load_buffer_bytes(loaded, self.layouts, places):
             self.loads = StagedLoads(self._read_moves, loaded, self.layouts, places, self.ledger, pin, LOAD_BUFFERS)
-        if pageable:
+        if self.pageable:
             staged = LOAD_BUFFERS * load_buffer_bytes(loaded, self.layouts, places)
             logger.warning("blocks pass through %s of pinned staging on their way to the device", format_bytes(staged))
 
