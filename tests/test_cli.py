@@ -287,3 +287,21 @@ def test_plan_refuses_an_optimizer_that_it_knows_nothing_of(horizon):
     done = horizon("plan", "optim=mezo", *SHAPE)
     assert done.returncode == 1
     assert done.stderr.startswith("horizon: ConfigError: horizon plan foretells steps of adamw only; with optim=mezo")
+
+
+HEAVY = "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "sklearn", "tensorstore", "torchvision", "triton"
+
+
+def test_planning_imports_nothing_that_only_training_needs(tmp_path):
+    code = f"""
+import sys
+from horizon import cli
+sys.argv = ["horizon", "plan", "machine=h200", "model=llama-3.1-405b"]
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = start([sys.executable, "-c", code], tmp_path)
+    assert done.stdout.splitlines()[-1] == "1 []", done.stderr
+    assert "does not fit" in done.stdout
