@@ -77,6 +77,14 @@ class Target:
         policy = memory.policy
         return CxlTier(size, interleaved=policy is Policy.interleave, boundaries=policy is Policy.cxl_aware)
 
+    @property
+    def has_cxl(self) -> bool:
+        """Whether the machine has memory for a cxl tier, stand-ins apart."""
+        try:
+            return self.cxl(MemoryConfig(policy=Policy.cxl_aware)).num_bytes > 0
+        except ConfigError:
+            return False
+
     def limits(self, memory: MemoryConfig) -> Limits:
         """Budgets in bytes, `auto` filled in."""
         cxl = self.cxl(memory)

@@ -80,7 +80,7 @@ def test_states_on_nvme_are_counted_and_the_step_is_timed_where_the_disk_is_know
     assert "not predicted: nothing is known of the disk's speed" in as_text(outlook, "small", found.target)
     tight = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__host_budget="1MiB",
                      memory__nvme_budget="1KiB")  # fmt: skip
-    assert look(found, tight).least is not None  # found, with a disk that is too small as well
+    assert look(found, tight).alternatives  # found, with a disk that is too small as well
     described = machine()
     described.tiers["nvme"] = TierFile(memory="1GiB", read_gb_s=1e-3, write_gb_s=1e-3)
     found = forecaster(config, described)
