@@ -46,7 +46,7 @@ from horizon.plan.machine import (
     resolve_device,
     resolve_dtype,
 )
-from horizon.plan.memory import MemoryNeeds, MemoryPlan, check_fits, plan_memory
+from horizon.plan.memory import WEIGHT_SLOTS, MemoryNeeds, MemoryPlan, check_fits, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
 from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.plan.traffic import least_traffic
@@ -236,7 +236,7 @@ class Runtime:
             else:
                 self.buffers.close()
                 self.buffers = make_buffers(needs, self._pin, self.device)
-            self.executor.make_slots(self.buffers)
+            self.executor.make_slots(self.buffers, needs.weight_slots)
             self._start_updater(needs)
             self._steps.use_updater(self._updater, needs.keeps_gradients)
         except BaseException as error:
@@ -382,8 +382,8 @@ def build_runtime(
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments, master = Moments(optimizer.moments), MasterFormat(optimizer.master)
     needs = MemoryNeeds(
-        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
-        moments=moments, master=master, cxl=cxl,
+        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots or WEIGHT_SLOTS, host_overhead(target),
+        overhead, moments=moments, master=master, cxl=cxl,
     )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))

@@ -92,7 +92,7 @@ def smaller_levers(
         Lever("memory.hbm_blocks", (None,) if memory.hbm_blocks is not None else (), 1),
         Lever("memory.recompute", (Recompute.auto,) if memory.recompute is not Recompute.auto else (), 1),
         Lever("train.micro_batch", (None,) if train.micro_batch is not None else (), 1),
-        Lever("memory.weight_slots", (1,) if memory.weight_slots > 1 else (), 2),
+        Lever("memory.weight_slots", (1,) if memory.weight_slots != 1 else (), 2),
         *(Lever(key, (size,), 3) for key, size in budgets.items()),
         Lever("optim.moments", tuple(m for m in (Moments.bfloat16, Moments.int8) if _less(m, optim.moments)), 3),
         Lever("train.on_nonfinite", (OnNonFinite.stop,) if train.on_nonfinite is not OnNonFinite.stop else (), 4),

@@ -25,7 +25,7 @@ from horizon.optim.clipping import Clipping
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.estimate import Estimator
-from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
+from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.refusals import check_memory, check_saving, check_speculation
@@ -128,7 +128,7 @@ class Forecaster:
             dtype,
             dtype,
             clipping.keeps_gradients or config.train.on_nonfinite is OnNonFinite.skip,
-            config.memory.weight_slots,
+            config.memory.weight_slots or WEIGHT_SLOTS,
             self.target.host_overhead,
             self.target.device_overhead + self._buffer_bytes,
             moments=Moments(optim.moments),

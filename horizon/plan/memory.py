@@ -35,6 +35,7 @@ from horizon.units import GIB, MIB, format_bytes
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
+WEIGHT_SLOTS = 2  # where nobody asks for a number: a block in use, and one on its way
 GRADS = "grads"
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
 
@@ -249,6 +250,8 @@ def _load_lines(needs: MemoryNeeds) -> list[Line]:
     """Pinned memory that loads pass through: those from disk, and those from memory that CUDA does not know."""
     loaded = loaded_states(needs.states, needs.compute_dtype)
     places = staged_places(needs.on_nvme, needs.pageable, needs.layouts, needs.in_hbm)
+    if not places:
+        return []
     purpose = "pinned staging, loads" if needs.pageable else "nvme staging, loads"
     return [Line("host", purpose, LOAD_BUFFERS * load_buffer_bytes(loaded, needs.layouts, places))]
 

@@ -61,6 +61,11 @@ class Predictor:
         self._times: dict[tuple[object, ...], tuple[Set[Recompute], StepTimes]] = {}  # with the kinds that were timed
         self._predictions: dict[tuple[object, ...], StepPrediction] = {}
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether copies run beside kernels."""
+        return self._rates.overlaps
+
     def learn(self, updates_per_s: float | None) -> None:
         """Take the pace of real updates (parameters a second) from now on; None: there were none yet."""
         if updates_per_s is not None:
@@ -120,4 +125,4 @@ def _timed_key(shapes: Shapes) -> tuple[object, ...]:
 
 
 def _key(needs: MemoryNeeds, shapes: Shapes) -> tuple[object, ...]:
-    return needs.in_hbm, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)
+    return needs.in_hbm, needs.weight_slots, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)

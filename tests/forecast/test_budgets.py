@@ -17,14 +17,15 @@ from tests.forecast.conftest import SMALL, machine, settings
 
 MODEL = SMALL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000}
 NVME, CXL = {"memory.nvme_dir": "there"}, {"memory.policy": Policy.cxl_aware}
+MOMENTS, RESIDUAL = TierRule(state="exp_avg*", tier=Tier.nvme), TierRule(state="residual", tier=Tier.cxl)
 SPILLED = {"memory.host_budget": "100MiB"}
 CASES = {
     "host": ("host", "memory.host_budget", {"memory.policy": Policy.dram}),
     "nvme": ("nvme", "memory.nvme_budget", NVME | {"memory.policy": Policy.nvme_all}),
-    "nvme by rules": ("nvme", "memory.nvme_budget", NVME | {"memory.rules": [TierRule(state="exp_avg*", tier=Tier.nvme)]}),
+    "nvme by rules": ("nvme", "memory.nvme_budget", NVME | {"memory.rules": [MOMENTS]}),
     "cxl": ("cxl", "memory.cxl_budget", CXL | SPILLED),
     "cxl interleaved": ("cxl", "memory.cxl_budget", {"memory.policy": Policy.interleave}),
-    "cxl by rules": ("cxl", "memory.cxl_budget", {"memory.rules": [TierRule(state="residual", tier=Tier.cxl)]}),
+    "cxl by rules": ("cxl", "memory.cxl_budget", {"memory.rules": [RESIDUAL]}),
     "cxl simulated": (
         "cxl (simulated)", "memory.cxl_simulated.size",
         CXL | SPILLED | {"memory.cxl_simulated": SimulatedCxl(size="4GiB")},
