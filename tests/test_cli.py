@@ -283,10 +283,12 @@ def test_replay_of_what_is_not_there_is_one_line(horizon):
     assert done.stderr.startswith("horizon: CheckpointError: no such folder")
 
 
-def test_plan_refuses_an_optimizer_that_it_knows_nothing_of(horizon):
-    done = horizon("plan", "optim=mezo", *SHAPE)
-    assert done.returncode == 1
-    assert done.stderr.startswith("horizon: ConfigError: horizon plan foretells steps of adamw only; with optim=mezo")
+def test_plan_foretells_zeroth_order_steps(horizon):
+    done = horizon("plan", "optim=mezo", "machine=h200", *SHAPE)
+    assert done.returncode == 0, done.stderr
+    assert "perturbed copies" in done.stdout and "predicted step" in done.stdout
+    refused = horizon("plan", "optim=mezo", "machine=h200", "memory.host_budget=1MiB", "--json", *SHAPE)
+    assert refused.returncode == 1 and json.loads(refused.stdout)["refusal"]["tier"] == "host"
 
 
 HEAVY = "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "sklearn", "tensorstore", "torchvision", "triton"

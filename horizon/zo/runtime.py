@@ -298,7 +298,7 @@ def build_zeroth_order(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    _refuse_what_has_no_use(memory)
+    refuse_what_has_no_use(memory)
     target = resolve_device(device)
     dtype = settings.compute_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
@@ -321,7 +321,8 @@ def build_zeroth_order(
     return runtime
 
 
-def _refuse_what_has_no_use(memory: MemoryConfig) -> None:
+def refuse_what_has_no_use(memory: MemoryConfig) -> None:
+    """Raise a ConfigError for settings of memory that zeroth-order steps do not follow, or that cannot work."""
     check_memory(memory)
     for key, value, default in (
         ("recompute", memory.recompute, Recompute.auto),
