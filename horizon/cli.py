@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -81,6 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         case ["train", *rest]:
             return _train(rest)
         case ["plan", *rest]:
+            gc.disable()  # for seconds, most of which are imports: looking for garbage would take a fifth of them
             from horizon.commands import plan
 
             return plan.run(rest)

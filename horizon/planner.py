@@ -18,9 +18,9 @@ from horizon.config.schema import Policy
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
 from horizon.plan.activations import ActivationPlan
-from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, plan_memory
+from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, unknown_activations
-from horizon.plan.search import Arrangement, best, placements
+from horizon.plan.search import Arrangement, best, placements, worth_a_slot
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.activations import Activations, StepSpace
 from horizon.stream.batch import MicroBatch
@@ -68,6 +68,7 @@ class StepPlanner:
         self._parts, self._placer, self._activations, self._predictor = parts, placer, activations, predictor
         self._reserve = unknown_activations(parts.plan.limits)  # of the device, for activations
         self._placed_for: Shapes = []
+        self._slots_for: Shapes = []
 
     def announce(self, batch_size: int, seq_len: int, rows: int | None) -> int:
         """Plan steps of `batch_size` rows in micro-batches of `rows`, or as many as suit; gives the rows.
@@ -80,6 +81,7 @@ class StepPlanner:
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         kept = parts.needs.keeps_gradients
+        self._use_slots(WEIGHT_SLOTS)
         self._predictor.learn(parts.updates_per_s)
         rows = rows or next(
             self._leaving_room(
@@ -89,6 +91,7 @@ class StepPlanner:
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
         if self._moves and not self._place_fastest(shapes, kept):
             self._place_for(shapes, kept, self._placer.place)
+        self._try_another_slot(shapes, kept)
         planned = self._plan(shapes, kept)
         predict = partial(self._predictor.predict, parts.needs, planned, shapes, parts.version, parts.as_landed)
         parts.plan = parts.plan.with_activations(planned.lines, parts.guarded(predict))
@@ -103,7 +106,9 @@ class StepPlanner:
         return StepSpace(self._activations.boundaries(planned, tokens, lent), planned.recompute)
 
     def make_room(self, needs: MemoryNeeds) -> MemoryNeeds:
-        """`needs` with as few blocks in HBM as it takes for the steps planned last."""
+        """`needs` with as few blocks in HBM, and slots, as it takes for the steps planned last."""
+        if self._placer.slots is None:
+            needs = replace(needs, weight_slots=WEIGHT_SLOTS)
         return self._placer.make_room(needs, self._parts.plan.limits, self._reserve)
 
     def idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
@@ -116,6 +121,8 @@ class StepPlanner:
     def _plan(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
         """Where the activations of micro-batches of these (rows, tokens) go; the engine's plan then includes them."""
         parts = self._parts
+        if shapes != self._slots_for:
+            self._use_slots(WEIGHT_SLOTS)
         if self._moves and parts.needs.in_hbm and shapes != self._placed_for:
             self._place_for(shapes, borrow, self._placer.make_room)
         fixed, idle = parts.plan.with_activations(()), self.idle_bytes(parts.needs, borrow)
@@ -148,18 +155,48 @@ class StepPlanner:
         return True
 
     def _arrangements(self, shapes: Shapes, borrow: bool) -> Iterator[Arrangement]:
-        """All that fit."""
-        parts, limits = self._parts, self._parts.plan.limits
-        for in_hbm in placements(parts.model.layouts):
-            needs = replace(parts.needs, in_hbm=in_hbm)
-            try:
-                fixed = plan_memory(needs, limits)
-                idle = self.idle_bytes(needs, borrow)
-                planned = self._activations.consider(fixed, shapes, idle, parts.version)
-            except BudgetError:
-                continue
-            predicted = self._predictor.estimate(needs, planned, shapes, parts.as_landed)
-            yield Arrangement(needs, planned, fixed.with_activations(planned.lines).num_bytes("host"), predicted)
+        """All placements that fit."""
+        for in_hbm in placements(self._parts.model.layouts):
+            found = self._arrangement(replace(self._parts.needs, in_hbm=in_hbm), shapes, borrow)
+            if found is not None:
+                yield found
+
+    def _arrangement(self, needs: MemoryNeeds, shapes: Shapes, borrow: bool) -> Arrangement | None:
+        """Such a step, whose passes were timed, with these needs; None where it does not fit."""
+        parts = self._parts
+        try:
+            fixed = plan_memory(needs, parts.plan.limits)
+            idle = self.idle_bytes(needs, borrow)
+            planned = self._activations.consider(fixed, shapes, idle, parts.version)
+        except BudgetError:
+            return None
+        predicted = self._predictor.estimate(needs, planned, shapes, parts.as_landed)
+        return Arrangement(needs, planned, fixed.with_activations(planned.lines).num_bytes("host"), predicted)
+
+    # ---- how many slots weights have
+
+    def _use_slots(self, num: int) -> None:
+        """Have so many slots, where nobody asked for a number."""
+        parts = self._parts
+        if self._placer.slots is None and parts.needs.weight_slots != num:
+            parts.rearrange(replace(parts.needs, weight_slots=num))
+
+    def _try_another_slot(self, shapes: Shapes, borrow: bool) -> None:
+        """One slot more where such a step is faster by it, with what is then left for activations.
+
+        Not where copies do not run beside kernels: it would only be memory that is read once more.
+        """
+        parts, kinds = self._parts, self._activations.kinds
+        if self._placer.slots is not None or not self._predictor.overlaps or parts.needs.on_nvme:
+            return
+        if not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
+            return
+        more = replace(parts.needs, weight_slots=WEIGHT_SLOTS + 1)
+        now, then = (self._arrangement(needs, shapes, borrow) for needs in (parts.needs, more))
+        if now is None or then is None or not worth_a_slot(now, then):
+            return
+        parts.rearrange(more)
+        self._slots_for = shapes
 
     def _place_for(
         self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]

@@ -46,7 +46,7 @@ from horizon.plan.machine import (
     resolve_device,
     resolve_dtype,
 )
-from horizon.plan.memory import MemoryNeeds, MemoryPlan, check_fits, plan_memory
+from horizon.plan.memory import WEIGHT_SLOTS, MemoryNeeds, MemoryPlan, check_fits, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
 from horizon.plan.refusals import check_memory, check_saving, check_speculation
 from horizon.plan.traffic import least_traffic
@@ -89,6 +89,9 @@ class Runtime:
                 needs.master, needs.placed, memory.nvme_dir, memory.nvme_engine, needs.nodes,
             )  # fmt: skip
             release.callback(self.store.close)
+            needs = self.needs = replace(needs, pageable=self.store.pageable)
+            self.plan = plan_memory(needs, plan.limits)  # with staging for what CUDA refused, which nobody knew before
+            rates = replace(rates, disk=self.store.measure_disk())
             self.streams = Streams.on(device)
             self.store.observe_disk(self.streams.timeline.disk)
             self._nvme = NvmeFolder(memory.nvme_dir or "", memory.nvme_engine, self.streams.timeline.disk)
@@ -157,7 +160,7 @@ class Runtime:
         """Fill the store: from a folder, from a live model, or (None) with random values."""
         self.executor.free_slots()  # in their place, values are drawn and split on the device
         load_weights(weights, self.model.skeleton, self.store.write_master, self.device, seed)
-        self.executor.make_slots(self.buffers)
+        self.executor.make_slots(self.buffers, self.needs.weight_slots)
 
     # ---- a step
 
@@ -239,7 +242,7 @@ class Runtime:
             else:
                 self.buffers.close()
                 self.buffers = make_buffers(needs, self._pin, self.device, self.store.ledger, self._nvme)
-            self.executor.make_slots(self.buffers)
+            self.executor.make_slots(self.buffers, needs.weight_slots)
             self._start_updater(needs)
             self._steps.use_updater(self._updater, needs.keeps_gradients)
         except BaseException as error:
@@ -385,8 +388,8 @@ def build_runtime(
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
     moments, master = Moments(optimizer.moments), MasterFormat(optimizer.master)
     needs = MemoryNeeds(
-        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots, host_overhead(target), overhead,
-        moments=moments, master=master, cxl=cxl,
+        model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots or WEIGHT_SLOTS, host_overhead(target),
+        overhead, moments=moments, master=master, cxl=cxl,
     )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))

@@ -283,7 +283,27 @@ def test_replay_of_what_is_not_there_is_one_line(horizon):
     assert done.stderr.startswith("horizon: CheckpointError: no such folder")
 
 
-def test_plan_refuses_an_optimizer_that_it_knows_nothing_of(horizon):
-    done = horizon("plan", "optim=mezo", *SHAPE)
-    assert done.returncode == 1
-    assert done.stderr.startswith("horizon: ConfigError: horizon plan foretells steps of adamw only; with optim=mezo")
+def test_plan_foretells_zeroth_order_steps(horizon):
+    done = horizon("plan", "optim=mezo", "machine=h200", *SHAPE)
+    assert done.returncode == 0, done.stderr
+    assert "perturbed copies" in done.stdout and "predicted step" in done.stdout
+    refused = horizon("plan", "optim=mezo", "machine=h200", "memory.host_budget=1MiB", "--json", *SHAPE)
+    assert refused.returncode == 1 and json.loads(refused.stdout)["refusal"]["tier"] == "host"
+
+
+HEAVY = "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "sklearn", "tensorstore", "torchvision", "triton"
+
+
+def test_planning_imports_nothing_that_only_training_needs(tmp_path):
+    code = f"""
+import sys
+from horizon import cli
+sys.argv = ["horizon", "plan", "machine=h200", "model=llama-3.1-405b"]
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = start([sys.executable, "-c", code], tmp_path)
+    assert done.stdout.splitlines()[-1] == "1 []", done.stderr
+    assert "does not fit" in done.stdout

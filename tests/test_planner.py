@@ -97,3 +97,71 @@ def test_each_kind_of_keeping_is_timed_once_for_a_shape(monkeypatch, choosing):
         assert len(seen) == 1
         engine.plan_micro_batch(4, 12, 4)
         assert len(seen) == 2
+
+
+# ---- slots
+
+
+@pytest.fixture
+def slotted(monkeypatch):
+    """`slotted(seconds)`: copies run beside kernels, and a step with so many slots takes so long."""
+
+    def slotted(seconds):
+        estimate = Predictor.estimate
+
+        def told(self, needs, *args):
+            predicted = estimate(self, needs, *args)
+            return replace(predicted, arithmetic_s=seconds[needs.weight_slots], link_s=0, optimizer_s=0, launch_s=0)
+
+        monkeypatch.setattr(Predictor, "estimate", told)
+        monkeypatch.setattr(Predictor, "overlaps", True)
+
+    return slotted
+
+
+def slots_of(engine):
+    slots = len(engine._runtime.executor._weights._slots)
+    assert f"weight slots ({slots})" in engine.plan.table()
+    return slots
+
+
+@pytest.mark.parametrize(("third", "expected"), [(0.97, 3), (0.99, 2), (1.01, 2)])
+def test_a_third_slot_is_there_where_steps_gain_by_it(slotted, third, expected):
+    slotted({2: 1.0, 3: third})
+    resident = Resident(model())
+    with engine_for(model()) as engine:
+        assert slots_of(engine) == 2  # until a step is announced
+        for _ in range(2):
+            engine.plan_micro_batch(2, 12)
+            assert slots_of(engine) == expected and engine.plan.prediction.seconds == (third if expected == 3 else 1)
+            for seed in range(2):
+                assert_same(streamed_step(engine, [plain(seed)]), resident.step([plain(seed)]))
+            assert slots_of(engine) == expected
+        streamed_step(engine, [plain(0), plain(1)])  # which nobody announced: its memory was not looked at
+        assert slots_of(engine) == 2
+
+
+def test_an_explicit_number_of_slots_stays(slotted):
+    slotted({1: 3.0, 2: 2.0, 3: 1.0})
+    for number in (1, 2):
+        with engine_for(model(), memory=MemoryConfig(weight_slots=number)) as engine:
+            engine.plan_micro_batch(2, 12)
+            assert slots_of(engine) == number
+
+
+def test_a_third_slot_that_does_not_fit_is_not_there(slotted):
+    slotted({2: 1.0, 3: 0.5})
+    with engine_for(model()) as engine:
+        engine.plan_micro_batch(2, 12)
+        needed = engine.plan.with_activations(()).num_bytes("device")
+    with engine_for(model(), memory=MemoryConfig(device_budget=f"{needed - 1}B")) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert slots_of(engine) == 2
+
+
+def test_where_copies_do_not_run_beside_kernels_there_is_no_third_slot(slotted, monkeypatch):
+    slotted({2: 1.0, 3: 0.5})
+    monkeypatch.setattr(Predictor, "overlaps", False)
+    with engine_for(model()) as engine:
+        engine.plan_micro_batch(2, 12)
+        assert slots_of(engine) == 2

@@ -42,23 +42,29 @@ def run(arguments: list[str]) -> int:
     machine = load_machine(machines[-1]) if machines else None
     name = config.model.path or (_values(arguments, "model") or [DEFAULT_MODEL])[-1]
 
+    from horizon.building import make_optimizer
     from horizon.forecast.here import this_machine  # after misspelt settings had their chance: loads transformers
     from horizon.forecast.imagined import Forecaster, open_skeleton
     from horizon.forecast.machine import target_of
     from horizon.forecast.outlook import look
     from horizon.forecast.report import as_json, as_text
+    from horizon.forecast.zeroth_order import forecast_zeroth_order, zeroth_order_json, zeroth_order_text
     from horizon.plan.facts import read_facts
-    from horizon.trainer import check_settings
+    from horizon.trainer import check_settings, with_lr
+    from horizon.zo.settings import ZerothOrder
 
     check_settings(config)
-    if config.optim.name != "adamw":
-        raise ConfigError(
-            f"horizon plan foretells steps of adamw only; with optim={config.optim.name} horizon train prints its "
-            "plan, and refuses what does not fit, before anything is allocated"
-        )
     facts = this_machine() if machine is None else read_facts(machine, f"machine={machines[-1]}")
     target = target_of(facts, config.device, here=machine is None)
     model = open_skeleton(config)
+    optimizer = make_optimizer(with_lr(config, None))
+    if isinstance(optimizer, ZerothOrder):
+        forecast = forecast_zeroth_order(model, target, optimizer, config)
+        if flags:
+            print(json.dumps(zeroth_order_json(forecast, name, model, target), indent=2))
+        else:
+            print(zeroth_order_text(forecast, name, target))
+        return 0 if forecast.plan is not None else 1
     outlook = look(Forecaster(model, target), config)
     if flags:
         print(json.dumps(as_json(outlook, config, name, model, target), indent=2))

@@ -32,7 +32,7 @@ class HostFile:
 
 @dataclass(kw_only=True, slots=True)
 class TierFile:
-    """A further place for states; no policy uses it yet."""
+    """A further place for states."""
 
     memory: str
     read_gb_s: float

@@ -192,7 +192,7 @@ class MemoryConfig:
     cxl_budget: str = "auto"  # bytes on the cxl tier; auto: what is free on its nodes
     cxl_simulated: SimulatedCxl = field(default_factory=SimulatedCxl)
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
-    weight_slots: int = 2  # device buffers that blocks stream through; 2 overlaps copy with compute
+    weight_slots: int | None = None  # device buffers that blocks stream through; null: 2, or 3 where steps gain by it
     update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
 
 

@@ -8,7 +8,8 @@ from enum import StrEnum
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
-from horizon.config.schema import Clip, HorizonConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, OnNonFinite, Policy, Recompute
+from horizon.plan.cxl import POLICIES as CXL_POLICIES
 from horizon.plan.policies import POLICY_RULES
 from horizon.units import format_size
 
@@ -28,10 +29,21 @@ class Lever(NamedTuple):
 def changed(config: HorizonConfig, change: Change) -> HorizonConfig:
     """`config` with these settings instead of its own."""
     for key, value in change.items():
-        section, _, name = key.partition(".")
-        part = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: part})
+        config = _changed(config, key, value)
     return config
+
+
+def _changed(settings: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(settings, **{name: _changed(getattr(settings, name), rest, value) if rest else value})
+
+
+def setting(config: HorizonConfig, key: str) -> Any:
+    """The value of a setting by its name, such as `memory.policy`."""
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def describe(change: Change) -> str:
@@ -63,22 +75,24 @@ def _halves(value: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def smaller_levers(config: HorizonConfig, on_gpu: bool, budgets: Mapping[str, str]) -> list[Lever]:
+def smaller_levers(
+    config: HorizonConfig, on_gpu: bool, budgets: Mapping[str, str], has_cxl: bool = False
+) -> list[Lever]:
     """What may make a run fit.
 
     Args:
         budgets: by setting a larger budget that the machine has room for.
+        has_cxl: the machine has a cxl tier.
     """
     memory, optim, train = config.memory, config.optim, config.train
-    on_device = (Policy.auto, Policy.hbm_first, Policy.dram) if on_gpu else ()
-    on_disk = (Policy.auto, *POLICY_RULES) if memory.nvme_dir is not None else ()
-    policies = tuple(p for p in dict.fromkeys((*on_device, *on_disk)) if p is not memory.policy)
     levers = [
-        Lever("memory.policy", policies, 1),
+        Lever("memory.policy", _policies(memory, on_gpu, has_cxl), 1),
+        Lever("memory.rules", ([],) if memory.rules else (), 1),
+        *_without_cxl(memory),
         Lever("memory.hbm_blocks", (None,) if memory.hbm_blocks is not None else (), 1),
         Lever("memory.recompute", (Recompute.auto,) if memory.recompute is not Recompute.auto else (), 1),
         Lever("train.micro_batch", (None,) if train.micro_batch is not None else (), 1),
-        Lever("memory.weight_slots", (1,) if memory.weight_slots > 1 else (), 2),
+        Lever("memory.weight_slots", (1,) if memory.weight_slots != 1 else (), 2),
         *(Lever(key, (size,), 3) for key, size in budgets.items()),
         Lever("optim.moments", tuple(m for m in (Moments.bfloat16, Moments.int8) if _less(m, optim.moments)), 3),
         Lever("train.on_nonfinite", (OnNonFinite.stop,) if train.on_nonfinite is not OnNonFinite.stop else (), 4),
@@ -88,6 +102,26 @@ def smaller_levers(config: HorizonConfig, on_gpu: bool, budgets: Mapping[str, st
         Lever("train.seq_len", tuple(length for length in _halves(train.seq_len) if length >= SHORTEST), 6),
     ]
     return [lever for lever in levers if lever.values]
+
+
+def _policies(memory: MemoryConfig, on_gpu: bool, has_cxl: bool) -> tuple[Policy, ...]:
+    """Other policies that place states otherwise than the one that was asked for."""
+    everywhere = (Policy.auto, Policy.dram) if memory.policy in (*POLICY_RULES, *CXL_POLICIES) else ()
+    on_device = (Policy.auto, Policy.hbm_first, Policy.dram) if on_gpu else ()
+    on_disk = (Policy.auto, *POLICY_RULES) if memory.nvme_dir is not None else ()
+    on_cxl = (Policy.cxl_aware,) if has_cxl else ()
+    found = dict.fromkeys((*everywhere, *on_device, *on_disk, *on_cxl))
+    return tuple(policy for policy in found if policy is not memory.policy)
+
+
+def _without_cxl(memory: MemoryConfig) -> list[Lever]:
+    """The settings of the cxl tier as they are where no state is there: other values are refused then."""
+    given = {
+        "memory.cxl_nodes": (memory.cxl_nodes, "auto"),
+        "memory.cxl_budget": (memory.cxl_budget, "auto"),
+        "memory.cxl_simulated.size": (memory.cxl_simulated.size, None),
+    }
+    return [Lever(key, (default,), 1) for key, (value, default) in given.items() if value != default]
 
 
 def _less(moments: Moments, current: Moments) -> bool:

@@ -25,7 +25,7 @@ from horizon.optim.clipping import Clipping
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.estimate import Estimator
-from horizon.plan.memory import Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
+from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.refusals import check_memory, check_saving, check_speculation
@@ -52,7 +52,7 @@ class Forecast:
 
     @property
     def prediction(self) -> StepPrediction | None:
-        """Of a step in steady state; None where states are on nvme, whose time is not predicted."""
+        """Of a step in steady state; None where a disk has a part in it whose speed is not known."""
         return self.plan.prediction
 
     def layers_that(self, recompute: Recompute) -> int:
@@ -128,7 +128,7 @@ class Forecaster:
             dtype,
             dtype,
             clipping.keeps_gradients or config.train.on_nonfinite is OnNonFinite.skip,
-            config.memory.weight_slots,
+            config.memory.weight_slots or WEIGHT_SLOTS,
             self.target.host_overhead,
             self.target.device_overhead + self._buffer_bytes,
             moments=Moments(optim.moments),
@@ -180,7 +180,8 @@ class Forecaster:
             estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
-        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs))
+        disk = self.target.disk(config.memory) if needs.on_nvme else None
+        rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs), disk=disk)
         return activations, Predictor(estimator.step_times, rates, token_bytes)
 
     def _cxl_bytes_per_s(self, rates: Rates, needs: MemoryNeeds) -> float:

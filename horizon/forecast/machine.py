@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, NvmeEngine, Policy
 from horizon.errors import ConfigError
 from horizon.models.kernels import choose_kernels
 from horizon.optim.device import can_update
+from horizon.plan.cost import DiskRates
 from horizon.plan.cxl import CxlTier, read_cxl, wants_cxl
 from horizon.plan.estimate import typical_process
 from horizon.plan.facts import MachineFacts
@@ -25,6 +26,7 @@ from horizon.plan.machine import (
 )
 from horizon.plan.memory import Limits
 from horizon.plan.topology import Topology, read_topology
+from horizon.store.speed import SAMPLE, probe_disk
 from horizon.units import GIB, parse_bytes
 
 SYSTEM_BYTES = 2 * GIB  # of a machine's memory that a run does not get, where nobody can look: the system's own
@@ -75,6 +77,14 @@ class Target:
         policy = memory.policy
         return CxlTier(size, interleaved=policy is Policy.interleave, boundaries=policy is Policy.cxl_aware)
 
+    @property
+    def has_cxl(self) -> bool:
+        """Whether the machine has memory for a cxl tier, stand-ins apart."""
+        try:
+            return self.cxl(MemoryConfig(policy=Policy.cxl_aware)).num_bytes > 0
+        except ConfigError:
+            return False
+
     def limits(self, memory: MemoryConfig) -> Limits:
         """Budgets in bytes, `auto` filled in."""
         cxl = self.cxl(memory)
@@ -94,6 +104,13 @@ class Target:
             return parse_bytes(memory.nvme_budget, "memory.nvme_budget")
         disk = self.facts.tiers.get("nvme")
         return 0 if memory.nvme_dir is None or disk is None else disk.num_bytes
+
+    def disk(self, memory: MemoryConfig) -> DiskRates | None:
+        """The speed of states on nvme: tried in the folder here, or as a machine file has it; None: not known."""
+        if self.here and memory.nvme_dir is not None:
+            return probe_disk(memory.nvme_dir, NvmeEngine(memory.nvme_engine), min(SAMPLE, self._nvme_limit(memory)))
+        disk = None if self.here else self.facts.tiers.get("nvme")
+        return None if disk is None else DiskRates(disk.read_bytes_per_s, disk.write_bytes_per_s)
 
     def _device_limit(self, memory: MemoryConfig, host: int) -> int:
         if memory.device_budget != "auto":

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute, SimulatedCxl
+from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute
 from horizon.errors import BudgetError
-from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, smaller_levers
+from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, setting, smaller_levers
 from horizon.forecast.imagined import Forecast, Forecaster
 from horizon.plan.memory import PROCESS_DRIFT, Limits, round_up
 from horizon.units import format_bytes, parse_bytes
@@ -64,7 +64,9 @@ def nearest_that_fit(forecaster: Forecaster, config: HorizonConfig, refusal: Bud
 
     One that changes all that another changes, and more, comes only where there are too few others.
     """
-    levers = smaller_levers(config, forecaster.target.on_gpu, larger_budgets(forecaster, config, refusal))
+    target = forecaster.target
+    budgets = larger_budgets(forecaster, config, refusal)
+    levers = smaller_levers(config, target.on_gpu, budgets, target.has_cxl)
     found: list[Alternative] = []
     further: list[Alternative] = []
     for change in nearest_changes(levers)[:TRIED]:
@@ -81,20 +83,25 @@ def nearest_that_fit(forecaster: Forecaster, config: HorizonConfig, refusal: Bud
 
 def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> dict[str, str]:
     """By setting the budget that a refused plan asks for, where one was set and the machine has that much."""
-    key = f"{refusal.tier}_budget"
-    if refusal.tier not in ("host", "device") or getattr(config.memory, key) == "auto":
+    if refusal.tier is None:
         return {}
-    available = forecaster.target.limits(MemoryConfig())
-    most = available.host if refusal.tier == "host" else available.device
+    target, memory = forecaster.target, config.memory
+    key = target.limits(memory).of(refusal.tier)[1]
+    if setting(config, key) in ("auto", None):
+        return {}
+    free = replace(memory, host_budget="auto", device_budget="auto", nvme_budget="auto", cxl_budget="auto")
+    available = target.limits(free)
+    # a stand-in for cxl is ordinary memory
+    most = available.host if key == "memory.cxl_simulated.size" else available.of(refusal.tier)[0]
     size = round_up(refusal.needed + (PROCESS_DRIFT if refusal.tier == "host" else 0))
-    return {f"memory.{key}": size} if parse_bytes(size, key) <= most else {}
+    return {key: size} if parse_bytes(size, key) <= most else {}
 
 
 SMALLEST: Change = {
     "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
     "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
-    "memory.recompute": Recompute.auto, "memory.cxl_nodes": "auto", "memory.cxl_budget": "auto",
-    "memory.cxl_simulated": SimulatedCxl(),
+    "memory.recompute": Recompute.auto, "memory.rules": [], "memory.cxl_nodes": "auto", "memory.cxl_budget": "auto",
+    "memory.cxl_simulated.size": None,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from horizon.forecast.machine import Target
 from horizon.forecast.outlook import Alternative, Outlook, advice, worthwhile
 from horizon.models.blocks import BlockModel
 from horizon.plan.facts import MachineFacts
+from horizon.plan.memory import MemoryPlan
 from horizon.plan.prediction import StepPrediction, format_seconds
 from horizon.units import format_bytes
 
@@ -21,9 +22,19 @@ TIERS = "host", "device"
 
 def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: BlockModel, target: Target) -> dict[str, Any]:
     """The outlook as one JSON object; all sizes in bytes, all times in seconds. `name`: what people call the model."""
-    forecast = outlook.forecast
+    plan = None if outlook.forecast is None else _plan(outlook.forecast)
+    refusal = None if outlook.refusal is None else refusal_json(outlook.refusal, outlook.least)
+    found = [_alternative(other) for other in outlook.alternatives]
+    return whole_json(config, name, model, target, plan, refusal) | {"alternatives": found}
+
+
+def whole_json(
+    config: HorizonConfig, name: str, model: BlockModel, target: Target,
+    plan: dict[str, Any] | None, refusal: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The object without alternatives."""
     return {
-        "fits": forecast is not None,
+        "fits": plan is not None,
         "model": {
             "name": name,
             "architecture": type(model.skeleton).__name__,
@@ -33,9 +44,9 @@ def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: BlockMode
         },
         "machine": machine_json(target.facts) | {"computes_on": target.device.type},
         "settings": _settings(config),
-        "plan": None if forecast is None else _plan(forecast),
-        "refusal": None if outlook.refusal is None else _refusal(outlook.refusal, outlook),
-        "alternatives": [_alternative(other) for other in outlook.alternatives],
+        "plan": plan,
+        "refusal": refusal,
+        "alternatives": [],
     }
 
 
@@ -57,7 +68,15 @@ def _settings(config: HorizonConfig) -> dict[str, Any]:
 
 
 def _plan(forecast: Forecast) -> dict[str, Any]:
-    plan, prediction, train = forecast.plan, forecast.prediction, forecast.config.train
+    return plan_json(forecast.plan, forecast.config, forecast.micro_batch) | {
+        "blocks_in_hbm": sorted(forecast.needs.in_hbm),
+        "recompute": {str(kind): forecast.layers_that(kind) for kind in KINDS},
+        "offloaded_boundaries": len(forecast.activations.offloaded),
+    }
+
+
+def plan_json(plan: MemoryPlan, config: HorizonConfig, micro_batch: int) -> dict[str, Any]:
+    """A plan's bytes and its step; what only gradients need is null."""
     return {
         "memory": [
             {"tier": line.tier, "purpose": line.purpose, "bytes": line.num_bytes}
@@ -72,12 +91,12 @@ def _plan(forecast: Forecast) -> dict[str, Any]:
         "device_limit_bytes": plan.limits.device,
         "nvme_bytes": plan.num_bytes("nvme"),
         "nvme_limit_bytes": plan.limits.nvme,
-        "micro_batch": forecast.micro_batch,
-        "micro_batches": -(-train.batch_size // forecast.micro_batch),
-        "blocks_in_hbm": sorted(forecast.needs.in_hbm),
-        "recompute": {str(kind): forecast.layers_that(kind) for kind in KINDS},
-        "offloaded_boundaries": len(forecast.activations.offloaded),
-        "step": None if prediction is None else _step(prediction),
+        "micro_batch": micro_batch,
+        "micro_batches": -(-config.train.batch_size // micro_batch),
+        "blocks_in_hbm": None,
+        "recompute": None,
+        "offloaded_boundaries": None,
+        "step": None if plan.prediction is None else _step(plan.prediction),
     }
 
 
@@ -90,6 +109,7 @@ def _step(prediction: StepPrediction) -> dict[str, Any]:
         "arithmetic_s": prediction.arithmetic_s,
         "link_s": prediction.link_s,
         "optimizer_s": prediction.optimizer_s,
+        "disk_s": prediction.disk_s,
         "launch_s": prediction.launch_s,
     }
 
@@ -97,8 +117,9 @@ def _step(prediction: StepPrediction) -> dict[str, Any]:
 KINDS = Recompute.full, Recompute.selective, Recompute.none
 
 
-def _refusal(refusal: BudgetError, outlook: Outlook) -> dict[str, Any]:
-    host, device = outlook.least or (None, None)
+def refusal_json(refusal: BudgetError, least: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Why a run does not fit; `least`: (host, device) bytes of the smallest settings, where they are of interest."""
+    host, device = least or (None, None)
     return {
         "message": str(refusal),
         "tier": refusal.tier,

@@ -171,11 +171,13 @@ def _parameters_on_meta() -> Iterator[None]:
     """Modules built inside keep their parameters on meta, while buffers are computed for real.
 
     A parameter is replaced the moment its module registers it, before anything is written to it, so its memory is
-    never touched and the model's own initialisation runs on buffers only.
+    never touched and the model's own initialisation runs on buffers only: on meta it would do nothing, slowly.
     """
 
     def replace(_module: nn.Module, _name: str, param: nn.Parameter) -> Any:
-        return _as_meta(param)
+        on_meta = _as_meta(param)
+        on_meta._is_hf_initialized = True  # type: ignore[attr-defined]
+        return on_meta
 
     handle = register_module_parameter_registration_hook(replace)
     try:

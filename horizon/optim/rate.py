@@ -21,7 +21,7 @@ from horizon.store.gradients import KeptGradients
 from horizon.store.host import HostStore
 from horizon.store.tiers import Nodes
 from horizon.stream.streams import Streams
-from horizon.stream.timing import measure_copies
+from horizon.stream.timing import measure_copies, measure_joins
 from horizon.units import align_up
 
 # 8 to 16 bytes each: more than a processor's cache holds, and for many cores long against waking their threads
@@ -35,7 +35,9 @@ def measure_rates(
     device: torch.device, num_threads: int, grad_dtype: torch.dtype, optimizer: AdamW, cxl: CxlTier = NO_CXL
 ) -> Rates:
     """Rates of copies and updates, each with nothing else going on; measured once per process."""
-    up, down, within = measure_copies(Streams.on(device))
+    streams = Streams.on(device)
+    up, down, within = measure_copies(streams)
+    joins = measure_joins(streams) if grad_dtype is torch.float32 else math.inf
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Rates(
@@ -44,6 +46,7 @@ def measure_rates(
         device_bytes_per_s=within,
         updates_per_s=measure_update_rate(PARAMETERS[device.type], num_threads, grad_dtype, optimizer),
         overlaps=device.type == "cuda",
+        joins_per_s=joins,
         cxl_bytes_per_s=cxl_bytes_per_s(cxl, num_threads, grad_dtype, optimizer),
     )
 

@@ -8,22 +8,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from horizon.config.schema import Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
-from horizon.plan.disk import loaded_states
+from horizon.plan.disk import UPDATE_PAGES, by_block, loaded_states, num_pages, paged_bytes, staged_parts
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
 from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.states import State, num_bytes
 from horizon.plan.traffic import loaded_elements
+from horizon.plan.updates import UpdateCost
 
 HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
+SIMULATED_PAGES = 1000  # of all blocks together at most: in larger models one of them stands for several
 
 LayerKind = tuple[int, int, Recompute]  # elements, trainable elements, and what is kept from forward to backward
+
+
+class DiskRates(NamedTuple):
+    """Bytes per second between the nvme tier and memory, with nothing else going on."""
+
+    read: float
+    write: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,8 @@ class Rates:
     updates_per_s: float  # parameters, by all threads of the optimizer together, with all states in dram
     overlaps: bool  # copies run beside kernels
     cxl_bytes_per_s: float = math.inf  # read and written by updates of states on cxl
+    joins_per_s: float = math.inf  # parameters whose halves become fp32 in a slot
+    disk: DiskRates | None = None  # None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ def predict_step(
         plan: of the step's activations.
         tokens: tokens of each micro-batch.
         token_bytes: bytes of one token's hidden state.
+        rates: with the disk's, where states are on nvme.
         as_landed: the host updates a block as soon as its gradient has landed, not when the norm is known.
     """
     spent = run_steps(step_cost(needs, plan, tokens, token_bytes, times, rates, as_landed))
@@ -96,7 +109,9 @@ def step_cost(
     first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
     shares = [num / times.num_tokens for num in tokens]
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
-    element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
+    loaded = loaded_states(needs.states, needs.compute_dtype)
+    element = sum(state.dtype.itemsize for state in loaded)
+    paging = _Paging.of(needs, rates.disk) if needs.on_nvme and rates.disk else None
 
     def block(layout: BlockLayout) -> BlockCost:
         if layout.index == 0:
@@ -110,15 +125,17 @@ def step_cost(
         shared = [b for b in layout.borrowed if b.param.spec.trainable]
         closing = _closing_bytes(needs, len(tokens) > 1 or layout.index == head)
         return BlockCost(
-            load_s=loaded_elements(layout, in_hbm) * element / rates.up_bytes_per_s,
+            load_s=loaded_elements(layout, in_hbm) * element / rates.up_bytes_per_s
+            + (layout.num_slot_elements / rates.joins_per_s if needs.compute_dtype is torch.float32 else 0.0),
             forward_s=tuple(share * passes.forward_s for share in shares),
             backward_s=tuple(share * passes.backward_s for share in shares),
             close_s=num_gradients * closing / rates.device_bytes_per_s,
             drain_s=_drained_elements(layout, in_hbm) * needs.grad_dtype.itemsize / rates.down_bytes_per_s,
             add_s=0.0 if at_home else lent.get(layout.index, 0) * needs.grad_dtype.itemsize / rates.up_bytes_per_s,
-            update_s=_update_bytes(layout, needs) / rates.device_bytes_per_s
+            staging_s=paging.staging_s(layout, loaded) if paging else 0.0,
+            update=UpdateCost(work_s=_update_bytes(layout, needs) / rates.device_bytes_per_s)
             if at_home
-            else _host_update_s(layout, needs, rates),
+            else _host_update(layout, needs, rates, paging, loaded),
             buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
             offloads=layout.index in plan.offloaded,
             in_hbm=at_home,
@@ -133,9 +150,48 @@ def step_cost(
         as_landed=as_landed,
         hbm_as_landed=not needs.keeps_gradients,
         ring=None if needs.keeps_gradients else RING_BUFFERS,
+        page_buffers=paging.buffers if paging else UPDATE_PAGES,
         host_s=HOST_S,
         overlaps=rates.overlaps,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Paging:
+    """What states on nvme ask of the disk."""
+
+    needs: MemoryNeeds
+    disk: DiskRates
+    together: int  # pages that are simulated as one
+
+    @classmethod
+    def of(cls, needs: MemoryNeeds, disk: DiskRates) -> _Paging:
+        paged = {block for _, block in needs.on_nvme}
+        total = sum(num_pages(layout) for layout in needs.layouts if layout.index in paged)
+        return cls(needs, disk, max(1, -(-total // SIMULATED_PAGES)))
+
+    @property
+    def buffers(self) -> int:
+        """Pages in memory at a time; one that is read, one at work and one that is written, at least."""
+        return max(UPDATE_PAGES // self.together, 3)
+
+    def staging_s(self, layout: BlockLayout, loaded: Sequence[State]) -> float:
+        """Of the reads ahead of a load of the block."""
+        return staged_parts(loaded, layout, self.needs.on_nvme)[1] / self.disk.read
+
+    def update(self, layout: BlockLayout, work_s: float, loaded: Sequence[State]) -> UpdateCost:
+        """Of a block whose update takes the host's threads so long."""
+        paged = [state for state, _ in by_block(self.needs.states, [layout], self.needs.on_nvme)]
+        if not paged or not layout.num_trainable:
+            return UpdateCost(work_s=work_s)
+        size = paged_bytes(paged, layout, self.needs.on_nvme)
+        return UpdateCost(
+            work_s=work_s,
+            pages=-(-num_pages(layout) // self.together),
+            read_s=size / self.disk.read,
+            write_s=size / self.disk.write,
+            loaded=not set(paged).isdisjoint(loaded),
+        )
 
 
 def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
@@ -147,6 +203,13 @@ def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
 def update_bytes(states: Iterable[State], grad_dtype: torch.dtype) -> float:
     """Bytes a parameter that an update reads and writes, as fractions where numbers stand for several parameters."""
     return sum(2 * state.dtype.itemsize / state.group for state in states) + grad_dtype.itemsize
+
+
+def _host_update(
+    layout: BlockLayout, needs: MemoryNeeds, rates: Rates, paging: _Paging | None, loaded: Sequence[State]
+) -> UpdateCost:
+    work_s = _host_update_s(layout, needs, rates)
+    return paging.update(layout, work_s, loaded) if paging else UpdateCost(work_s=work_s)
 
 
 def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:

@@ -114,6 +114,13 @@ def page_spans(states: Iterable[State], layout: BlockLayout, page: int) -> dict[
     return spans
 
 
+def paged_bytes(states: Sequence[State], layout: BlockLayout, places: Collection[Place]) -> int:
+    """Bytes that an update of the block reads from disk, and writes."""
+    paged = [state for state, _ in by_block(states, [layout], places)]
+    spans = (page_spans(paged, layout, page) for page in range(num_pages(layout)))
+    return sum(num_bytes for of_page in spans for _, num_bytes in of_page.values())
+
+
 def update_page_bytes(states: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:
     """Bytes of one staged page: enough for any page of any block; 0 where updates stage nothing."""
     paged: dict[int, list[State]] = {}
@@ -172,6 +179,14 @@ def staged_parts(
                 parts.append(StagedPart(state.name, part, part.start * size - skip, num_bytes, place, skip))
                 place += num_bytes
     return parts, place
+
+
+def staged_places(
+    on_nvme: Collection[Place], pageable: Collection[str], layouts: Iterable[BlockLayout], in_hbm: Collection[int]
+) -> frozenset[Place]:
+    """What the device cannot copy from where it is: on disk, or of a state that CUDA refuses to register."""
+    on_host = [layout.index for layout in layouts if layout.index not in in_hbm]
+    return frozenset(on_nvme) | {(name, block) for name in pageable for block in on_host}
 
 
 def load_buffer_bytes(loaded: Sequence[State], layouts: Sequence[BlockLayout], places: Collection[Place]) -> int:

@@ -33,6 +33,7 @@ ATTENTION = 0.8  # of the rate of products, that attention kernels reach
 BACKWARD = 2.5  # of the forward's attention: scores again, and their gradients
 SWEEPS = {True: 1.5, False: 4.0}  # over what a graph holds, by a forward's norms, activations and sums; fused or not
 LOGIT_SWEEPS = 6  # over a chunk's logits
+JOIN_BYTES = 24  # that a join of one parameter reads and writes, in three sweeps
 LAUNCHES_S = 0.001  # a GPU's layer takes at least so long forward, and twice as long to run again, and backward
 CPU_OVERHEAD_S = 0.0005  # the same on CPU
 
@@ -109,6 +110,7 @@ class Estimator:
             device_bytes_per_s=within,
             updates_per_s=self.facts.update_rate(moments, threads),
             overlaps=self.on_gpu,
+            joins_per_s=within / JOIN_BYTES,
         )
 
     def step_times(self, shape: tuple[int, int], version: int, kinds: Set[Recompute], alone: bool) -> StepTimes:

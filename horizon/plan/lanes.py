@@ -1,19 +1,22 @@
-"""A step on its lanes: compute, fetch (host to device), drain (device to host) and the update on the host.
+"""A step on its lanes: compute, fetch (host to device), drain (device to host), the update on the host and the disk.
 
 Each lane does one thing after another. When a thing may begin is decided by the rules of `stream.slots`,
-`stream.gradients`, `stream.boundaries` and `optim.apply`, followed here in the order in which the host issues a step.
+`stream.gradients`, `stream.boundaries`, `store.loads` and `optim.apply`, followed here in the order in which the host
+issues a step; `horizon.plan.updates` has the lanes of the update and the disk.
 The host itself takes no time but once a step; while it waits for something, it issues nothing. Pure arithmetic.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from horizon.plan.activations import LOOKAHEAD
+from horizon.plan.disk import LOAD_BUFFERS, UPDATE_PAGES
 from horizon.plan.memory import DRAIN_SLOTS
+from horizon.plan.updates import NOTHING, UpdateCost, Updates
 
 SETTLING_STEPS = 3  # simulated before the one that counts: by then every step is like the one before
 
@@ -23,12 +26,13 @@ class BlockCost:
     """What one block asks of the lanes in a step; seconds."""
 
     load_s: float = 0.0  # its weights, host to device
+    staging_s: float = 0.0  # reading from disk what is loaded
     forward_s: tuple[float, ...]  # by micro-batch
     backward_s: tuple[float, ...]  # by micro-batch, recomputation included; the head's forward is in it
     close_s: float = 0.0  # compute measures and casts the gradient
     drain_s: float = 0.0  # the gradient, device to host
     add_s: float = 0.0  # fetching the sums on the host that its gradient is added to, if there are some
-    update_s: float = 0.0  # by the threads of the host, or on the device if the states are there; 0: nothing to train
+    update: UpdateCost = NOTHING  # by the host, or on the device if the states are there
     buffers: tuple[int, ...] = ()  # blocks whose gradient buffers it fills: its own, if it has something to train
     offloads: bool = False  # what enters it waits on the host
     in_hbm: bool = False  # its states live on the device: nothing to load or to drain
@@ -46,12 +50,13 @@ class StepCost:
     as_landed: bool = False  # a block is updated when its gradient has landed; else all when the norm is known
     hbm_as_landed: bool = False  # the same for blocks in HBM
     ring: int | None = None  # gradient buffers on the host; None: one for every block
+    page_buffers: int = UPDATE_PAGES  # pages of states on disk that are in memory at a time
     host_s: float = 0.0  # in which the host ends a step and begins the next, and issues nothing
     overlaps: bool = True  # copies run beside kernels
 
 
 def run_steps(step: StepCost) -> dict[str, float]:
-    """Seconds of one step in steady state, by what compute does or waits for: arithmetic, link, optimizer, launch."""
+    """Seconds of one step in steady state: arithmetic, and what compute waits for: link, optimizer, disk, launch."""
     lanes = _Lanes(step)
     for _ in range(SETTLING_STEPS):
         lanes.run()
@@ -75,7 +80,7 @@ class _Slot:
     block: int | None = None
     loaded: float = 0.0
     released: float = 0.0
-    late: bool = False  # it was free before its block was up to date
+    late: str = "link"  # what its load had to wait for when it was free
 
 
 class _Lanes:
@@ -83,20 +88,24 @@ class _Lanes:
 
     def __init__(self, step: StepCost):
         self._step, self._blocks, self._head = step, step.blocks, len(step.blocks) - 1
-        self._compute, self._update = _Lane(), _Lane()
+        self._compute, self._updates = _Lane(), Updates(step.page_buffers)
         self._fetch, self._drain = (_Lane(), _Lane()) if step.overlaps else (self._compute, self._compute)
         self._host = 0.0  # what the host issues from now on does not begin earlier
-        self.spent = dict.fromkeys(("arithmetic", "link", "optimizer", "launch"), 0.0)
-        self._version = [0.0] * len(self._blocks)  # when the weights of the step to come are there
+        self.spent = dict.fromkeys(("arithmetic", "link", "optimizer", "disk", "launch"), 0.0)
+        for block in range(len(self._blocks)):
+            self._updates.settle(block, 0.0)
         self._slots = [_Slot() for _ in range(step.weight_slots)]
         self._current: _Slot | None = None
         self._visits: list[int] = []
-        self._late: set[int] = set()
+        self._late: dict[int, str] = {}  # blocks that were not there yet when a slot was free for them, and why
         self._next = self._ahead = 0
+        self._staging = [0.0] * LOAD_BUFFERS  # heap: when each buffer for loads from disk is free
+        self._reader = 0.0  # when the thread that fills them is
+        self._staged = -1, 0.0  # the visit that was read last, and when
         self._drained = [0.0] * DRAIN_SLOTS
         self._turn = 0
         self._landed = [0.0] * len(self._blocks)
-        self._claimed: dict[int, float] = {}  # by block whose gradient has a buffer of the ring: when it gives it back
+        self._claimed: dict[int, bool] = {}  # blocks whose gradient has a buffer of the ring: whether it is used now
         self._saved: dict[tuple[int, int], float] = {}
         self._returning: dict[tuple[int, int], float] = {}
         self._order: deque[tuple[int, int]] = deque()
@@ -165,10 +174,12 @@ class _Lanes:
             self._landed[block] = self._drained[self._turn]
             self._turn = (self._turn + 1) % DRAIN_SLOTS
         if block in cost.buffers and (self._step.hbm_as_landed if cost.in_hbm else self._step.as_landed):
-            lane = _Lane() if cost.in_hbm else self._update  # the device's is beside its kernels
-            self._version[block] = lane.run(self._landed[block], cost.update_s)
+            if cost.in_hbm:  # beside the device's kernels
+                self._updates.settle(block, self._landed[block] + cost.update.work_s)
+            else:
+                self._updates.submit(block, self._landed[block], cost.update)
             if block in self._claimed:
-                self._claimed[block] = self._version[block]
+                self._claimed[block] = True
 
     def _claim(self, block: int) -> None:
         """Wait for a buffer of the ring, unless the block has one."""
@@ -176,18 +187,19 @@ class _Lanes:
         if ring is None or block in self._claimed:
             return
         if len(self._claimed) == ring:
-            first = min(self._claimed, key=lambda b: self._claimed[b])
-            self._wait(self._claimed.pop(first), "optimizer")
-        self._claimed[block] = math.inf
+            first = next(b for b, in_use in self._claimed.items() if in_use)  # buffers are used in their order
+            del self._claimed[first]
+            self._wait(self._updates.updated(first), "optimizer")
+        self._claimed[block] = False
 
     def _end(self) -> None:
         """The host waits for the last gradient, updates, and turns to the next step."""
         self._wait(max(self._compute.free, *self._landed), "link")
         for block, cost in enumerate(self._blocks):
             if cost.in_hbm and not self._step.hbm_as_landed:
-                self._idle(self._compute.free + cost.update_s, "optimizer")  # ahead of the next forward
+                self._idle(self._compute.free + cost.update.work_s, "optimizer")  # ahead of the next forward
             elif not cost.in_hbm and not self._step.as_landed and block in cost.buffers:
-                self._version[block] = self._update.run(self._host, cost.update_s)
+                self._updates.submit(block, self._host, cost.update)
         self._wait(self._host + self._step.host_s, "launch")
 
     # ---- weights, as `stream.slots` has them
@@ -196,7 +208,8 @@ class _Lanes:
         self._visits = list(visits)
         self._next = self._ahead = 0
         self._claimed = {}  # the forward waits for the updates that use them
-        self._late = set()
+        self._late = {}
+        self._staged, self._reader = (-1, 0.0), max(self._reader, self._host)
         for slot in self._slots:
             slot.block = None  # of an older version
         self._prefetch()
@@ -209,7 +222,7 @@ class _Lanes:
         else:
             slot = self._current = self._holding(block)
             assert slot is not None
-            self._idle(slot.loaded, "optimizer" if slot.late else "link")
+            self._idle(slot.loaded, slot.late)
         self._next += 1
         self._prefetch()
 
@@ -225,11 +238,13 @@ class _Lanes:
                 slot = self._victim()
                 if slot is None:
                     return
-                if self._up_to_date(block) > self._host:
-                    self._late.add(block)
-                    if not (wait and self._ahead == self._next):
-                        return
-                    self._wait(self._up_to_date(block), "optimizer")
+                must = wait and self._ahead == self._next
+                for there, cause in ((self._up_to_date, "optimizer"), (self._read, "disk")):
+                    if there(block) > self._host:
+                        self._late[block] = cause
+                        if not must:
+                            return
+                        self._wait(there(block), cause)
                 self._load(slot, block)
             self._ahead += 1
 
@@ -237,13 +252,25 @@ class _Lanes:
         ready = slot.released
         if any(self._blocks[source].in_hbm for source in self._blocks[block].buffers):
             ready = max(ready, self._compute.free)  # their updates are kernels
-        slot.block, slot.late = block, block in self._late
+        slot.block, slot.late = block, self._late.pop(block, "link")
         slot.loaded = self._copy(self._fetch, ready, self._blocks[block].load_s)
-        self._late.discard(block)
+        if self._blocks[block].staging_s:
+            heappush(self._staging, slot.loaded)
 
     def _up_to_date(self, block: int) -> float:
-        """When the weights of the block, and those that it borrows, are there."""
-        return max(self._version[source] for source in (block, *self._blocks[block].buffers))
+        """When the weights of the block, and those that it borrows, can be loaded."""
+        return max(self._updates.published(source) for source in (block, *self._blocks[block].buffers))
+
+    def _read(self, block: int) -> float:
+        """When what the next load brings from disk is in memory: read ahead, as far as buffers reach."""
+        seconds = self._blocks[block].staging_s
+        if not seconds:
+            return 0.0
+        if self._staged[0] != self._ahead:
+            ready = max(self._reader, self._up_to_date(block), heappop(self._staging))
+            self._reader = self._updates.read(ready, seconds)
+            self._staged = self._ahead, self._reader
+        return self._staged[1]
 
     def _holding(self, block: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.block == block), None)
@@ -266,6 +293,10 @@ class _Lanes:
 
     def _wait(self, until: float, cause: str) -> None:
         """The host waits, and compute does once it has nothing left to do."""
+        if cause == "optimizer":  # while its threads wait for pages, the disk is to blame
+            by_disk = self._updates.disk_wait(self._compute.free, until)
+            self.spent["disk"] += by_disk
+            self.spent["optimizer"] -= by_disk
         self._idle(until, cause)
         self._host = max(self._host, until)
         for lane in (self._fetch, self._drain):

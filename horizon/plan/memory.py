@@ -26,6 +26,7 @@ from horizon.plan.disk import (
     loaded_states,
     map_disk,
     on_tier,
+    staged_places,
     update_page_bytes,
 )
 from horizon.plan.prediction import StepPrediction
@@ -35,6 +36,7 @@ from horizon.units import GIB, MIB, format_bytes
 MOMENTS_LABEL = {Moments.float32: "fp32", Moments.bfloat16: "bf16", Moments.int8: "int8, scales"}
 PROCESS_DRIFT = 16 * MIB  # by which the process's own use differs from one moment to another
 DRAIN_SLOTS = 2
+WEIGHT_SLOTS = 2  # where nobody asks for a number: a block in use, and one on its way
 GRADS = "grads"
 ACTIVATIONS = "activations"  # offloaded boundaries, which have no place of their own per block
 RING_BUFFERS = 3  # draining, waiting and updating; a tied embedding holds one for the whole backward
@@ -112,7 +114,7 @@ class MemoryPlan:
         if self.prediction:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
-            rows.append("  step time not predicted: the disk has no part in the prediction yet")
+            rows.append("  step time not predicted: nothing is known of the disk's speed")
         return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:
@@ -142,6 +144,7 @@ class MemoryNeeds:
     boundaries: Tier = Tier.dram  # of those that leave the device
     saving: int = 0  # bytes that checkpoints are written from
     cxl: CxlTier = NO_CXL
+    pageable: frozenset[str] = frozenset()  # states that cross the link and that CUDA refuses to register
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -194,6 +197,7 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         *host_lines(needs.cxl, gradients, *(_gradient_bytes(needs, _of_tier(needs, tier)) for tier in ON_HOST)),
         *_nvme_lines(needs),
         *_nvme_gradient_lines(needs),
+        *_load_lines(needs),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({needs.weight_slots})", slot_bytes(needs)),
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
@@ -252,10 +256,8 @@ def _nvme_lines(needs: MemoryNeeds) -> list[Line]:
         return []
     lines = [Line("nvme", purpose, _held(needs, kind, Tier.nvme)) for purpose, kind in _kinds(needs).items()]
     padding = map_disk(states, layouts, places).num_bytes - sum(line.num_bytes for line in lines)
-    loaded = loaded_states(states, needs.compute_dtype)
     return [
         Line("host", "nvme staging, updates", UPDATE_PAGES * update_page_bytes(states, layouts, places)),
-        Line("host", "nvme staging, loads", LOAD_BUFFERS * load_buffer_bytes(loaded, layouts, places)),
         *lines,
         Line("nvme", "padding", padding),
     ]
@@ -270,6 +272,16 @@ def _nvme_gradient_lines(needs: MemoryNeeds) -> list[Line]:
         Line("host", "nvme staging, gradients", RING_BUFFERS * on_disk.largest),
         Line("nvme", "gradients", on_disk.num_bytes),
     ]
+
+
+def _load_lines(needs: MemoryNeeds) -> list[Line]:
+    """Pinned memory that loads pass through: those from disk, and those from memory that CUDA does not know."""
+    loaded = loaded_states(needs.states, needs.compute_dtype)
+    places = staged_places(needs.on_nvme, needs.pageable, needs.layouts, needs.in_hbm)
+    if not places:
+        return []
+    purpose = "pinned staging, loads" if needs.pageable else "nvme staging, loads"
+    return [Line("host", purpose, LOAD_BUFFERS * load_buffer_bytes(loaded, needs.layouts, places))]
 
 
 def _gradient_bytes(needs: MemoryNeeds, layouts: Sequence[BlockLayout]) -> int:

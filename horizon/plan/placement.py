@@ -44,6 +44,7 @@ class Placer:
     num_blocks: int | None = None  # in HBM; None: the policy decides
     rules: tuple[TierRule, ...] = ()  # if there are some, they decide
     spills: bool = False  # what host memory does not hold goes to nvme
+    slots: int | None = None  # for weights; None: the plan decides
 
     @property
     def moves(self) -> bool:
@@ -135,7 +136,7 @@ def read_policy(
     spills = policy is Policy.auto and memory.nvme_dir is not None and not rules
     if policy is Policy.auto and (device.type == "cpu" or not can_update or narrow):
         policy = Policy.dram
-    return Placer(policy, wanted, rules, spills)
+    return Placer(policy, wanted, rules, spills, memory.weight_slots)
 
 
 def preference(layouts: Sequence[BlockLayout]) -> list[int]:

@@ -9,7 +9,7 @@ from horizon.plan.memory import MemoryNeeds
 
 def check_memory(memory: MemoryConfig) -> None:
     """Raise a ConfigError where the settings cannot work anywhere."""
-    if memory.weight_slots < 1:
+    if memory.weight_slots is not None and memory.weight_slots < 1:
         raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
     if memory.update_threads is not None and memory.update_threads < 1:
         raise ConfigError(f"memory.update_threads must be >= 1, got {memory.update_threads}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from horizon.layout import BlockLayout, first_trained
-from horizon.plan.disk import by_block, loaded_states, num_pages, page_spans, staged_parts
+from horizon.plan.disk import loaded_states, paged_bytes, staged_parts
 from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 
 
@@ -34,12 +34,7 @@ def _disk_traffic(needs: MemoryNeeds, loads: Sequence[BlockLayout]) -> dict[tupl
     Gradients there are written, and read but for those that are still in the ring when the backward is over.
     """
     states, layouts, places = needs.states, needs.layouts, needs.on_nvme
-    updated = sum(
-        num_bytes
-        for state, block in by_block(states, layouts, places)
-        for page in range(num_pages(layouts[block]))
-        for _, num_bytes in page_spans([state], layouts[block], page).values()
-    )
+    updated = sum(paged_bytes(states, layout, places) for layout in layouts)
     loaded = loaded_states(states, needs.compute_dtype)
     read = sum(staged_parts(loaded, layout, places)[1] for layout in loads)
     regions = needs.gradient_map.regions

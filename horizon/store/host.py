@@ -18,6 +18,7 @@ from torch import Tensor
 from horizon.config.schema import MasterFormat, Moments, NvmeEngine, Tier
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
+from horizon.plan.cost import DiskRates
 from horizon.plan.disk import (
     LOAD_BUFFERS,
     UPDATE_PAGES,
@@ -27,12 +28,14 @@ from horizon.plan.disk import (
     load_buffer_bytes,
     map_disk,
     on_tier,
+    staged_places,
 )
 from horizon.plan.states import MASTERS, MOMENTS, State, states_of
 from horizon.store.ledger import Ledger
 from horizon.store.loads import StagedLoads
 from horizon.store.nvme import Move, NvmeTier, Observer, as_bytes, open_nvme
 from horizon.store.pages import UpdatePages
+from horizon.store.speed import measure_disk
 from horizon.store.split import join_master, split_master
 from horizon.store.tiers import NOWHERE, Nodes, TieredState, anywhere
 from horizon.units import format_bytes
@@ -61,6 +64,7 @@ class HostStore:
         ledger: how many optimizer steps the weights of each block have seen.
         pages: of states on nvme, for their update; None where none are.
         loads: of what the device cannot copy by itself; None where there is nothing of the kind.
+        pageable: states that cross the link and that CUDA refused to register.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class HostStore:
         self._nvme: NvmeTier | None = None
         self.pages: UpdatePages | None = None
         self.loads: StagedLoads | None = None
+        self.pageable: frozenset[str] = frozenset()
         weights, *rest = MASTERS[master]
         self._kinds = {state.name: state for state in states_of(master, moments)}
         self.on_nvme = frozenset(place for place in on_tier(placed or {}, Tier.nvme) if place[0] in self._kinds)
@@ -125,12 +130,11 @@ class HostStore:
 
     def _stage_loads(self, loaded: Sequence[State], pin: bool) -> None:
         """Have what the device cannot copy by itself brought to pinned buffers ahead of it."""
-        pageable = [state.name for state in loaded if pin and not self._states[state.name].pinned]
-        on_host = [lay.index for lay in self.layouts if lay.index not in self.in_hbm]
-        places = self.on_nvme | {(name, block) for name in pageable for block in on_host}
-        if any((state.name, block) in places for state in loaded for block in on_host):
+        self.pageable = frozenset(state.name for state in loaded if pin and not self._states[state.name].pinned)
+        places = staged_places(self.on_nvme, self.pageable, self.layouts, self.in_hbm)
+        if load_buffer_bytes(loaded, self.layouts, places):
             self.loads = StagedLoads(self._read_moves, loaded, self.layouts, places, self.ledger, pin, LOAD_BUFFERS)
-        if pageable:
+        if self.pageable:
             staged = LOAD_BUFFERS * load_buffer_bytes(loaded, self.layouts, places)
             logger.warning("blocks pass through %s of pinned staging on their way to the device", format_bytes(staged))
 
@@ -237,6 +241,10 @@ class HostStore:
             return high.float().view(param.spec.shape)
         low = self._read(("residual", block), param.offset, param.end)
         return join_master(high, low).view(param.spec.shape)
+
+    def measure_disk(self) -> DiskRates | None:
+        """How fast states on nvme can be moved, before there is anything in them; None where there are none."""
+        return None if self._nvme is None else measure_disk(self._nvme, self._map())
 
     def observe_disk(self, observe: Observer) -> None:
         """Have `observe` opened around all that is read from and written to nvme."""

@@ -99,9 +99,9 @@ class Executor:
         self.gradients = None
         self._streams.release_memory()
 
-    def make_slots(self, buffers: GradientBuffers) -> None:
+    def make_slots(self, buffers: GradientBuffers, weight_slots: int) -> None:
         """Slots for blocks and buffers that have moved."""
-        self._weights.make()
+        self._weights.make(weight_slots)
         self.use_buffers(buffers)
 
     def train(

@@ -61,6 +61,11 @@ class Predictor:
         self._times: dict[tuple[object, ...], tuple[Set[Recompute], StepTimes]] = {}  # with the kinds that were timed
         self._predictions: dict[tuple[object, ...], StepPrediction] = {}
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether copies run beside kernels."""
+        return self._rates.overlaps
+
     def learn(self, updates_per_s: float | None) -> None:
         """Take the pace of real updates (parameters a second) from now on; None: there were none yet."""
         if updates_per_s is not None:
@@ -73,14 +78,17 @@ class Predictor:
     def predict(
         self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, version: int, as_landed: bool
     ) -> StepPrediction | None:
-        """A step of these micro-batches, which `known` then knows; None where `time` fails or the disk has a part.
+        """A step of these micro-batches, which `known` then knows.
+
+        None where `time` fails, where gradients or activations are on nvme, which the lanes do not know, or where a
+        disk has a part in it whose speed is not known.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if needs.on_nvme or needs.grads_on_nvme or planned.on_nvme:  # the lanes have no disk
+        if needs.grads_on_nvme or planned.on_nvme or (needs.on_nvme and self._rates.disk is None):
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None
@@ -118,4 +126,4 @@ def _timed_key(shapes: Shapes) -> tuple[object, ...]:
 
 
 def _key(needs: MemoryNeeds, shapes: Shapes) -> tuple[object, ...]:
-    return needs.in_hbm, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)
+    return needs.in_hbm, needs.weight_slots, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)

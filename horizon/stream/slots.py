@@ -87,8 +87,8 @@ class WeightSlots:
     """
 
     def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
-        self._streams, self._store, self._num_slots, self._dtype = streams, store, num_slots, dtype
-        self.make()
+        self._streams, self._store, self._dtype = streams, store, dtype
+        self.make(num_slots)
         self._visits: list[int] = []
         self._version = 0
         self._next = 0  # visit to acquire next
@@ -96,8 +96,9 @@ class WeightSlots:
         self._current: Slot | None = None
         self._late: dict[int, Cause] = {}  # blocks that were not there yet when a slot was free for them, and why
 
-    def make(self) -> None:
-        """Slots for the blocks as they are placed now."""
+    def make(self, num_slots: int) -> None:
+        """So many slots, for the blocks as they are placed now."""
+        self._num_slots = num_slots
         store, in_place = self._store, self._store.in_hbm if self._dtype is torch.bfloat16 else frozenset()
         size = slot_elements(store.layouts, store.in_hbm, self._dtype)
         self._slots = [self._new_slot(i, size) for i in range(self._num_slots)]

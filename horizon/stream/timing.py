@@ -21,6 +21,7 @@ from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
 from horizon.plan.cost import LayerKind, PassTimes, StepTimes
 from horizon.store.arena import Arena
+from horizon.store.split import join_master
 from horizon.stream.batch import MicroBatch
 from horizon.stream.gradients import GradientSlots
 from horizon.stream.head import HeadLoss
@@ -29,8 +30,9 @@ from horizon.stream.streams import Streams
 from horizon.units import MIB
 
 SETTLING_S = 0.5  # that passes are run for on a GPU, the second half of it timed
-COPIES = 4  # of which the last is timed
-COPY_BYTES = {"cuda": 64 * MIB, "cpu": 4 * MIB}  # more than a GPU's cache holds
+COPIES = 4  # of which the quickest counts
+COPY_BYTES = {"cuda": 64 * MIB, "cpu": 32 * MIB}  # more than a GPU's cache holds, or a core's
+JOINED = 8 << 20  # parameters that are joined to measure it
 
 
 class Stopwatch:
@@ -84,7 +86,20 @@ def _copy_seconds(streams: Streams, stream: Any, target: Tensor, source: Tensor)
         watch.mark()
         streams.copy(stream, target, source)
     watch.mark()
-    return max(watch.laps()[-1], 1e-9)
+    return max(min(watch.laps()), 1e-9)
+
+
+def measure_joins(streams: Streams) -> float:
+    """Parameters a second that become fp32 from their halves on the device."""
+    high, low, values = (streams.empty(JOINED, dtype=t).zero_() for t in (torch.bfloat16, torch.int16, torch.float32))
+    streams.synchronize()
+    watch = Stopwatch(streams.device, streams.fetch)
+    for _ in range(COPIES):
+        watch.mark()
+        with streams.running(streams.fetch):
+            join_master(high, low, out=values)
+    watch.mark()
+    return JOINED / max(min(watch.laps()), 1e-9)
 
 
 class PassTimer:

@@ -31,7 +31,8 @@ from horizon.plan.machine import (
     prepare_device,
     resolve_device,
 )
-from horizon.plan.memory import MemoryPlan
+from horizon.plan.memory import WEIGHT_SLOTS, MemoryPlan
+from horizon.plan.refusals import check_memory
 from horizon.records import StepResult
 from horizon.report.recording import Recording, record_steps
 from horizon.stream.batch import MicroBatch, num_trained_tokens
@@ -297,7 +298,7 @@ def build_zeroth_order(
     Raises:
         HorizonError: by kind; nothing stays allocated.
     """
-    _refuse_what_has_no_use(memory)
+    refuse_what_has_no_use(memory)
     target = resolve_device(device)
     dtype = settings.compute_dtype(compute_dtype, target)
     model = BlockModel(skeleton, freeze, choose_kernels(kernels, target) is Kernels.liger)
@@ -306,7 +307,8 @@ def build_zeroth_order(
     if target.type == "cuda":
         fuse_relu(model)
     overhead = framework_bytes(target) + sum(b.nbytes for b in skeleton.buffers())
-    needs = ZerothOrderNeeds(model.layouts, settings, dtype, memory.weight_slots, host_overhead(target), overhead)
+    slots = memory.weight_slots or WEIGHT_SLOTS
+    needs = ZerothOrderNeeds(model.layouts, settings, dtype, slots, host_overhead(target), overhead)
     plan = plan_memory(needs, memory_limits(memory, target))
     runtime = ZerothOrderRuntime(model, plan, needs, target)
     try:
@@ -319,9 +321,9 @@ def build_zeroth_order(
     return runtime
 
 
-def _refuse_what_has_no_use(memory: MemoryConfig) -> None:
-    if memory.weight_slots < 1:
-        raise ConfigError(f"memory.weight_slots must be >= 1 (2 overlaps copy and compute), got {memory.weight_slots}")
+def refuse_what_has_no_use(memory: MemoryConfig) -> None:
+    """Raise a ConfigError for settings of memory that zeroth-order steps do not follow, or that cannot work."""
+    check_memory(memory)
     for key, value, default in (
         ("recompute", memory.recompute, Recompute.auto),
         ("hbm_blocks", memory.hbm_blocks, None),

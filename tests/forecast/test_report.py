@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from horizon.config.machine import TierFile
 from horizon.config.schema import Policy, Tier, TierRule
 from horizon.forecast.outlook import look
 from horizon.forecast.report import as_json, as_text
@@ -60,13 +61,13 @@ def test_it_says_what_the_forecast_says(outlooks):
         assert plan[f"{tier}_bytes"] == forecast.plan.num_bytes(tier) <= plan[f"{tier}_limit_bytes"]
     assert sum(plan["recompute"].values()) == 4 and plan["micro_batch"] * plan["micro_batches"] == 4
     step = plan["step"]
-    parts = step["arithmetic_s"] + step["link_s"] + step["optimizer_s"] + step["launch_s"]
+    parts = sum(step[f"{name}_s"] for name in ("arithmetic", "link", "optimizer", "disk", "launch"))
     assert step["seconds"] == pytest.approx(parts) and step["tokens_per_s"] == pytest.approx(4 * 128 / parts)
     assert found["settings"]["optim.moments"] == "float32" and found["settings"]["train.batch_size"] == 4
     assert len(found["alternatives"]) == len(outlook.alternatives)
 
 
-def test_states_on_nvme_are_counted_and_the_step_is_not_timed(forecaster):
+def test_states_on_nvme_are_counted_and_the_step_is_timed_where_the_disk_is_known(forecaster):
     rules = [TierRule(state="exp_avg*", blocks="1-2", tier=Tier.nvme)]
     config = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__nvme_budget="1GiB")
     found = forecaster(config)
@@ -76,10 +77,17 @@ def test_states_on_nvme_are_counted_and_the_step_is_not_timed(forecaster):
     assert said["settings"]["memory.rules"] == [{"state": "exp_avg*", "blocks": "1-2", "tier": "nvme"}]
     moments = 8 * sum(layout.num_trainable for layout in found.model.layouts[1:3])
     assert moments <= said["plan"]["nvme_bytes"] < moments + (1 << 14)
-    assert "not predicted" in as_text(outlook, "small", found.target)
+    assert "not predicted: nothing is known of the disk's speed" in as_text(outlook, "small", found.target)
     tight = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__host_budget="1MiB",
                      memory__nvme_budget="1KiB")  # fmt: skip
-    assert look(found, tight).least is not None  # found, with a disk that is too small as well
+    assert look(found, tight).alternatives  # found, with a disk that is too small as well
+    described = machine()
+    described.tiers["nvme"] = TierFile(memory="1GiB", read_gb_s=1e-3, write_gb_s=1e-3)
+    found = forecaster(config, described)
+    step = found.forecast(config).prediction
+    assert step.bound == "disk" and step.seconds > 2 * moments / 1e6
+    described.tiers["nvme"] = TierFile(memory="1GiB", read_gb_s=1e3, write_gb_s=1e3)
+    assert forecaster(config, described).forecast(config).prediction.bound != "disk"
 
 
 def test_a_refusal_names_tier_and_shortfall(outlooks):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from horizon import AdamW, MemoryConfig
+from horizon.errors import BudgetError
 from horizon.layout import ParamSpec, place_block
 from horizon.store import arena, offload
 from horizon.store.arena import Arena
@@ -100,6 +101,34 @@ def test_training_is_the_same_whatever_can_be_registered(cuda, monkeypatch, dtyp
     for losses, weights in found[1:]:
         assert losses == found[0][0]
         assert_same_tensors(weights, found[0][1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", ["dram", "nvme_optimizer", "nvme_all"])
+def test_the_plan_has_the_staging_that_a_refusal_takes(cuda, monkeypatch, dtype, policy, tmp_path):
+    cuda(0)
+    monkeypatch.setattr("horizon.runtime.pins", lambda device: True)
+    memory = MemoryConfig(policy=policy, nvme_dir=str(tmp_path))
+    settings = {"memory": memory, "compute_dtype": dtype, "device": "cpu"}
+    with engine_for(build("llama", hidden_size=256, vocab_size=512), **settings) as engine:
+        store, planned = engine._runtime.store, {line.purpose: line.num_bytes for line in engine.plan.lines}
+        arenas = [a for state in (*store._states.values(), engine._runtime.buffers._buffers) for a in state._arenas]
+        arenas += [part._arena for part in (store.loads, store.pages) if part is not None]
+        measured = sum(region.numel() for a in arenas for region in a.regions)
+        assert measured == engine.plan.num_bytes("host") - planned["framework"]
+        crossing = {"weights"} if dtype == "bfloat16" else {"weights", "residual"}
+        assert engine._runtime.needs.pageable == crossing - {name for name, _ in store.on_nvme}
+        purpose = "nvme staging, loads" if policy == "nvme_all" else "pinned staging, loads"
+        assert planned[purpose] == sum(region.numel() for region in store.loads._arena.regions) > 0
+        engine.plan_micro_batch(2, 12)
+        assert {line.purpose for line in engine.plan.lines} == set(planned)  # and it stays there
+        budget = engine.plan.num_bytes("host") - planned[purpose] // 2
+    # What was there before staging fits, and the rest does not: refused, and all is given back.
+    monkeypatch.setattr("horizon.runtime.host_overhead", lambda device: planned["framework"])
+    settings["memory"] = MemoryConfig(policy=policy, nvme_dir=str(tmp_path), host_budget=f"{budget}B")
+    with pytest.raises(BudgetError, match=rf"of host memory .*{purpose}"):
+        engine_for(build("llama", hidden_size=256, vocab_size=512), **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -67,6 +67,8 @@ def test_a_slow_disk_shows_in_the_trace_and_in_the_split(policy, tmp_path, monke
     monkeypatch.setattr(nvme, "DirectFile", SlowFile)
     memory = MemoryConfig(policy=policy, nvme_dir=str(tmp_path))
     with engine_for(build("llama"), memory=memory) as engine:
+        engine.plan_micro_batch(2, 16)
+        assert engine.plan.prediction.bound == "disk" and "bound by disk" in engine.plan.table()
         engine.step(plain(0))
         with engine.trace(tmp_path / "trace.json", picture=tmp_path / "trace.png") as recording:
             for seed in range(1, 4):

@@ -224,7 +224,7 @@ def test_slots_can_be_given_back_and_made_for_another_placement(placed):
     slots = weight_slots(placed, dtype=torch.bfloat16)
     slots.free()
     placed.keep_in_hbm({0, 1, 2, 3})
-    slots.make()
+    slots.make(2)
     assert all(slot.flat.numel() == 0 for slot in slots._slots)
     slots.begin([3, 0], version=0)
     _, params = slots.acquire()

@@ -1,0 +1,91 @@
+"""Every tier's budget is kept: what does not fit names the tier, by how much, and settings that do.
+
+The device's is in test_outlook.py.
+"""
+
+import re
+
+import pytest
+
+from horizon.config.machine import TierFile
+from horizon.config.schema import Policy, SimulatedCxl, Tier, TierRule
+from horizon.errors import BudgetError
+from horizon.forecast.changes import changed, describe
+from horizon.forecast.outlook import larger_budgets, look
+from horizon.forecast.report import as_json
+from tests.forecast.conftest import SMALL, machine, settings
+
+MODEL = SMALL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000}
+NVME, CXL = {"memory.nvme_dir": "there"}, {"memory.policy": Policy.cxl_aware}
+MOMENTS, RESIDUAL = TierRule(state="exp_avg*", tier=Tier.nvme), TierRule(state="residual", tier=Tier.cxl)
+SPILLED = {"memory.host_budget": "100MiB"}
+CASES = {
+    "host": ("host", "memory.host_budget", {"memory.policy": Policy.dram}),
+    "nvme": ("nvme", "memory.nvme_budget", NVME | {"memory.policy": Policy.nvme_all}),
+    "nvme by rules": ("nvme", "memory.nvme_budget", NVME | {"memory.rules": [MOMENTS]}),
+    "cxl": ("cxl", "memory.cxl_budget", CXL | SPILLED),
+    "cxl interleaved": ("cxl", "memory.cxl_budget", {"memory.policy": Policy.interleave}),
+    "cxl by rules": ("cxl", "memory.cxl_budget", {"memory.rules": [RESIDUAL]}),
+    "cxl simulated": (
+        "cxl (simulated)", "memory.cxl_simulated.size",
+        CXL | SPILLED | {"memory.cxl_simulated": SimulatedCxl(size="4GiB")},
+    ),
+}  # fmt: skip
+
+
+def described(host="4GiB"):
+    found = machine(host=host, device="2GiB")
+    found.tiers = {name: TierFile(memory="4GiB", read_gb_s=10, write_gb_s=10) for name in ("nvme", "cxl")}
+    return found
+
+
+def budgeted(forecaster, case):
+    """(tier, setting, its bytes, settings with a budget that is a MiB too small, forecaster)."""
+    tier, key, change = CASES[case]
+    config = changed(settings(MODEL, train__batch_size=4), change)
+    found = forecaster(config, described())
+    need = found.forecast(config).plan.num_bytes(tier)
+    return tier, key, need, changed(config, {key: f"{need - (1 << 20)}B"}), found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_budget_is_kept_to_the_byte(forecaster, case):
+    tier, key, need, config, found = budgeted(forecaster, case)
+    assert need > 2 << 20
+    fits = found.forecast(changed(config, {key: f"{need}B"}))
+    assert fits.plan.num_bytes(tier) == need == fits.plan.limits.of(tier)[0]
+    if case in ("cxl", "cxl simulated"):
+        return  # what dram has room for follows from the budget, too
+    with pytest.raises(BudgetError) as refusal:
+        found.forecast(changed(config, {key: f"{need - 1}B"}))
+    assert (refusal.value.tier, refusal.value.needed, refusal.value.limit) == (tier, need, need - 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refusal_names_the_tier_the_shortfall_and_three_settings_that_fit(forecaster, case):
+    tier, key, _, config, found = budgeted(forecaster, case)
+    outlook = look(found, config)
+    assert outlook.refusal is not None and outlook.refusal.tier == tier
+    message = str(outlook.refusal)
+    assert re.search(rf"of {re.escape(tier)} (memory|space) ", message) and "1 MiB too little" in message
+    assert f"the smallest {key} that works is " in message
+    assert as_json(outlook, config, "m", found.model, found.target)["refusal"]["shortfall_bytes"] == 1 << 20
+    assert len(outlook.alternatives) == 3
+    for other in outlook.alternatives:
+        again = found.forecast(changed(config, other.change))
+        for name in again.plan.limits.tiers:
+            assert again.plan.num_bytes(name) <= again.plan.limits.of(name)[0], describe(other.change)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_budget_that_is_named_works_and_is_offered_where_the_machine_has_it(forecaster, case):
+    tier, key, need, config, found = budgeted(forecaster, case)
+    refusal = look(found, config).refusal
+    named = re.search(rf"the smallest {re.escape(key)} that works is (\w+)", str(refusal))[1]
+    assert found.forecast(changed(config, {key: named})).plan.num_bytes(tier) == need
+    assert larger_budgets(found, config, refusal) == {key: named}
+    if key.endswith("budget"):
+        assert larger_budgets(found, changed(config, {key: "auto"}), refusal) == {}
+    small = machine(host="1MiB")
+    small.tiers = {name: TierFile(memory="1MiB", read_gb_s=10, write_gb_s=10) for name in ("nvme", "cxl")}
+    assert larger_budgets(forecaster(config, small), config, refusal) == {}
