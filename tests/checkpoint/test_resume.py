@@ -17,6 +17,12 @@ SETTINGS = {
     "lagged": {"clip": "lagged", "max_grad_norm": 0.7},
     "bf16 moments": {"optimizer": horizon.AdamW(lr=1e-2, moments="bfloat16")},
     "int8 moments": {"optimizer": horizon.AdamW(lr=1e-2, moments="int8")},
+    "bf16 masters": {"optimizer": horizon.AdamW(lr=1e-2, master="bf16_stochastic")},
+    "bf16 masters, int8 moments": {
+        "optimizer": horizon.AdamW(lr=1e-2, master="bf16_stochastic", moments="int8"),
+        "max_grad_norm": None,
+        "seed": 7,
+    },
     "in hbm": {"memory": horizon.MemoryConfig(hbm_blocks=3)},
     "in hbm, no clipping": {"memory": horizon.MemoryConfig(hbm_blocks=3), "max_grad_norm": None},
     "frozen": {"freeze": ["model.embed_tokens.*", "*.q_proj.weight"]},
