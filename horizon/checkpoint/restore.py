@@ -29,7 +29,9 @@ from horizon.plan.states import GROUP, MOMENTS
 from horizon.store.host import HostStore
 
 # Keys of a transformers config that do not change what the model computes.
-_IDLE_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_IDLE_KEYS = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "attn_implementation"
+}  # fmt: skip
 _NUM_NAMED = 3
 
 Write: TypeAlias = Callable[[str, int, Tensor], None]  # a block's numbers: state, first number, values
@@ -54,8 +56,10 @@ def config_facts(config: Any) -> dict[str, Any]:
 def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
     """What a manifest says of a model."""
     generation = getattr(skeleton, "generation_config", None)
+    # a config leaves it out of what it tells of itself, but other kernels would give other last bits
+    eager = {"attn_implementation": "eager"} if skeleton.config._attn_implementation == "eager" else {}
     return {
-        "model": config_facts(skeleton.config),
+        "model": {**config_facts(skeleton.config), **eager},
         "model_class": type(skeleton).__name__,
         "generation": None if generation is None else config_facts(generation),
     }

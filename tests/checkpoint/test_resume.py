@@ -28,6 +28,7 @@ SETTINGS = {
     "frozen": {"freeze": ["model.embed_tokens.*", "*.q_proj.weight"]},
     "bf16 compute": {"compute_dtype": "bfloat16"},
     "dropout": {"model": DROPOUT},
+    "eager attention": {"model": {**LLAMA, "attn_implementation": "eager"}, "compute_dtype": "bfloat16"},
 }
 
 

@@ -67,7 +67,8 @@ def test_a_save_right_behind_a_step_waits_for_its_update(tmp_path):
 
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("after", [0, 6])
-def test_it_goes_on_elsewhere_within_noise(tmp_path, before, after):
+def test_it_goes_on_elsewhere(tmp_path, before, after):
+    """With the kernels that it had: a checkpoint remembers that attention was eager, and placements change no bit."""
     model = build("llama", **LARGER)
     with engine(model, memory=horizon.MemoryConfig(hbm_blocks=before)) as streamed:
         steps(streamed, 1, 3)
@@ -77,7 +78,9 @@ def test_it_goes_on_elsewhere_within_noise(tmp_path, before, after):
     memory = horizon.MemoryConfig(hbm_blocks=after)
     with horizon.Engine.load_checkpoint(tmp_path / "saved", memory=memory, **settings) as streamed:
         assert streamed.num_steps == 3
-        assert steps(streamed, 4, 8) == pytest.approx(expected, rel=2e-3)
+        assert streamed._runtime.model.config._attn_implementation == "eager"
+        found = steps(streamed, 4, 8)
+        assert found == (expected if before == after else pytest.approx(expected, rel=1e-4))
 
 
 def test_saving_takes_no_device_memory(tmp_path):
