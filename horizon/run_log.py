@@ -56,24 +56,27 @@ class RunLog:
             ConfigError: this run's folder holds a log, and is not to be resumed.
         """
         exists = self.path.is_file()
-        if self._resume is None:
-            if exists and read_log(self.path).records:
-                raise ConfigError(
-                    f"{self.path} is of an earlier run; set resume=auto to go on from it, remove it, or choose another "
-                    "hydra.run.dir"
-                )
-            return Start()
         if self._resume == AUTO:
             print(f"resume=auto: {self.path if exists else f'no {self.path}, starting anew'}", flush=True)
-            if not exists:
-                return Start()
-            path = self.path
+            path = self.path if exists else None
         else:
-            path = find_log(Path(self._resume))
+            path = None if self._resume is None else find_log(Path(self._resume))
+        start = Start() if path is None else self._start(path)
+        if exists and not self.holds(start) and read_log(self.path).records:
+            raise ConfigError(
+                f"{self.path} is of an earlier run; set resume=auto to go on from it, remove it, or choose another "
+                "hydra.run.dir"
+            )
+        return start
+
+    def _start(self, path: Path) -> Start:
         run = read_log(path).run
         if "step" not in run:
-            raise CheckpointError(f"{path} does not tell the place in its data: it was not written by horizon train")
-        return Start(path, run, weights_alone="rebuild its model (horizon replay) and set model.path to that")
+            raise CheckpointError(
+                f"{path} does not tell the place in its data: a script wrote it, or an earlier version; go on from the "
+                "weights that horizon replay rebuilds (model.path)"
+            )
+        return Start(path, run, weights_alone="begin with the weights that horizon replay rebuilds (model.path)")
 
     def holds(self, start: Start) -> bool:
         """Whether a run that begins there goes on with what this run's folder holds."""

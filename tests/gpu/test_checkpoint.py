@@ -30,7 +30,7 @@ def arrays_now(streamed):
     for array in list_arrays(runtime.model.layouts, Moments(runtime.optimizer.moments)):
         numel = torch.Size(array.spec.shape).numel()
         span = slice(array.start, array.start + numel)
-        parts = [runtime.store.states(array.block)[name][span].cpu() for name in array.states]
+        parts = [runtime.store.read_state(name, array.block)[span] for name in array.states]
         flat = join_master(*parts) if len(parts) == 2 else parts[0].clone()
         found[array.spec.name, array.spec.kind] = flat.view(array.spec.shape)
     return found
@@ -52,6 +52,27 @@ def test_what_is_saved_while_training_goes_on_is_the_state_of_that_moment(tmp_pa
             checkpoint = Checkpoint(tmp_path / str(number))
             for (name, kind), value in expected.items():
                 assert torch.equal(checkpoint.read(name, kind), value), (name, kind)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize("policy", ["nvme_optimizer", "nvme_all"])
+@pytest.mark.parametrize("nvme_engine", ["direct", "tensorstore"])
+def test_states_on_nvme_are_saved_while_updates_overwrite_them(tmp_path, policy, nvme_engine, max_grad_norm):
+    memory = horizon.MemoryConfig(policy=policy, nvme_dir=str(tmp_path), nvme_engine=nvme_engine)
+    with engine(build("llama", **LARGER), memory=memory, max_grad_norm=max_grad_norm) as streamed:
+        steps(streamed, 1, 2)
+        expected = arrays_now(streamed)
+        save = streamed.save_checkpoint(tmp_path / "saved")
+        after = steps(streamed, 3, 6)
+        save.wait()
+    checkpoint = Checkpoint(tmp_path / "saved")
+    assert all(torch.equal(checkpoint.read(name, kind), value) for (name, kind), value in expected.items())
+    settings = {"optimizer": horizon.AdamW(lr=1e-2), "device": "cuda", "kernels": "torch", "self_check": False}
+    for where in (memory, horizon.MemoryConfig(policy="dram")):
+        with horizon.Engine.load_checkpoint(
+            tmp_path / "saved", memory=where, max_grad_norm=max_grad_norm, **settings
+        ) as streamed:
+            assert steps(streamed, 3, 6) == pytest.approx(after, rel=1e-4)
 
 
 def test_a_save_right_behind_a_step_waits_for_its_update(tmp_path):

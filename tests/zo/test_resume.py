@@ -199,6 +199,10 @@ def test_the_log_of_an_earlier_run_is_not_overwritten_nor_that_of_another(settin
     before = (whole / "replay.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"replay\.jsonl is of an earlier run; set resume=auto"):
         Trainer(settings(), whole).run()
+    other = whole.with_name("other.jsonl")
+    other.write_bytes(before)
+    with pytest.raises(ConfigError, match=r"replay\.jsonl is of an earlier run; set resume=auto"):
+        Trainer(settings(f"resume={other}"), whole).run()
     with FolderLock(whole), pytest.raises(CheckpointError, match=r"another run \(process \d+\) writes to"):
         Trainer(settings("resume=auto"), whole).run()
     assert (whole / "replay.jsonl").read_bytes() == before
