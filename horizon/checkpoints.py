@@ -129,7 +129,8 @@ def saved_optimizer(manifest: Manifest) -> AdamW:
     if saved is None:
         return AdamW()
     betas = saved["beta1"], saved["beta2"]
-    return AdamW(betas=betas, eps=saved["eps"], weight_decay=saved["weight_decay"], moments=saved["moments"])
+    formats = {"moments": saved["moments"], "master": saved["master"]}
+    return AdamW(betas=betas, eps=saved["eps"], weight_decay=saved["weight_decay"], **formats)
 
 
 def export(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, dtype: str, tokenizer: Tokenizer | None) -> None:

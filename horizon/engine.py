@@ -33,6 +33,7 @@ from horizon.records import StepResult
 from horizon.report.recording import Recording
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
+from horizon.zo.replay import ReplayLog
 from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
 from horizon.zo.settings import ZerothOrder
 
@@ -263,12 +264,13 @@ class Engine:
 
     # ---- zeroth order: a run is its log
 
-    def log_steps(self, path: str | Path, model: str = "") -> None:
-        """Write the steps so far, and each one from now on, to a replay log; `model` says there what it began with.
+    @property
+    def replay_log(self) -> ReplayLog:
+        """The steps so far; raises a HorizonError, as the next two do, where the optimizer is not of zeroth order."""
+        return of_zeroth_order(self._runtime, "replay_log").log
 
-        Raises:
-            HorizonError: the optimizer is not of zeroth order.
-        """
+    def log_steps(self, path: str | Path, model: str = "") -> None:
+        """Write the steps so far, and each one from now on, to a replay log; `model` says there what it began with."""
         self._require_open()
         of_zeroth_order(self._runtime, "log_steps").log_steps(Path(path), model)
 
@@ -277,7 +279,7 @@ class Engine:
 
         Raises:
             CheckpointError: the log cannot be read, or belongs to other weights or settings.
-            HorizonError: the optimizer is not of zeroth order, or the engine has taken steps.
+            HorizonError: the engine has taken steps.
         """
         self._require_open()
         return of_zeroth_order(self._runtime, "replay").replay(Path(path))
@@ -352,9 +354,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
             self._runtime.abandon_saves()  # Ctrl-C: who waits for a disk does not stop at once
         with said_beside(error):

@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from horizon.checkpoint.folder import FolderLock, list_checkpoints, remove_left_overs, step_folder
+from horizon.checkpoint.folder import FolderLock, flush, list_checkpoints, remove_left_overs, step_folder
 from horizon.checkpoint.format import MANIFEST
-from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.manifest import read_manifest
 from horizon.checkpoint.restore import differences
 from horizon.checkpoint.saves import Save
@@ -25,21 +24,26 @@ from horizon.config.schema import CheckpointConfig, HorizonConfig
 from horizon.data import Rows
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.interrupts import Interrupts
-from horizon.report.metrics import MetricsWriter
+from horizon.report.metrics import METRICS_FILE, MetricsWriter
 from horizon.units import format_bytes
+
+if TYPE_CHECKING:
+    from horizon.engine import Engine
 
 log = logging.getLogger(__name__)
 
 FOLDER, METRICS = "checkpoints", "checkpoints.jsonl"
 AUTO = "auto"
+Note: TypeAlias = Callable[[], dict[str, Any]]  # where a run stands, for the one that goes on; its tokenizer, too
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """Where a run begins: at a checkpoint, or (folder None) anew."""
 
-    folder: Path | None = None
+    folder: Path | None = None  # of a checkpoint, or the log of a zeroth-order run
     run: dict[str, Any] = field(default_factory=dict)  # what the run that saved it noted; empty: its weights alone
+    weights_alone: str = "take its weights alone (resume_weights_only=true)"  # what else to do with it
 
     @property
     def step(self) -> int:
@@ -55,8 +59,8 @@ class Start:
         """Raise a CheckpointError unless the rows, and their order, are those that the run had."""
         if self.run and (differing := differences("", self.run["data"], now)):
             raise CheckpointError(
-                f"{self.folder} was saved with other data: {'; '.join(differing)}; set them as they were, or take its "
-                "weights alone (resume_weights_only=true)"
+                f"{self.folder} was saved with other data: {'; '.join(differing)}; set them as they were, or "
+                f"{self.weights_alone}"
             )
 
 
@@ -73,10 +77,15 @@ def check_checkpoint_settings(config: HorizonConfig) -> None:
         raise ConfigError(f"checkpoint.keep={settings.keep} must be at least 1, or null to keep all")
     if settings.keep_best and not config.train.eval_rows:
         raise ConfigError("checkpoint.keep_best=true has no loss to go by: set train.eval_rows above 0")
-    if config.optim.name == "mezo" and (settings.save_every is not None or config.resume is not None):
+    if config.optim.name == "mezo" and (settings.save_every is not None or settings.keep_best):
         raise ConfigError(
-            "checkpoint.save_every and resume are not for optim=mezo, whose replay.jsonl rebuilds the weights of any "
-            "step (horizon replay)"
+            f"checkpoint.save_every={settings.save_every} and keep_best={settings.keep_best} are not for optim=mezo, "
+            "whose replay.jsonl is a checkpoint of every step: leave them out, resume=auto goes on from that log"
+        )
+    if config.optim.name == "mezo" and config.resume_weights_only:
+        raise ConfigError(
+            "resume_weights_only=true is not for optim=mezo: write the weights as a folder (horizon replay, or horizon "
+            "export) and set model.path to it"
         )
     if config.resume_weights_only and config.resume in (None, AUTO):
         raise ConfigError(f"resume_weights_only=true with resume={config.resume}: set resume to a checkpoint's folder")
@@ -94,16 +103,6 @@ def data_facts(config: HorizonConfig, rows: Rows) -> dict[str, Any]:
     }
 
 
-class Saving(Protocol):
-    """The engine, as far as it is asked here."""
-
-    def plan_checkpoints(self, staging: str) -> None:
-        """Have room to save from."""
-
-    def save_checkpoint(self, folder: Path, *, run: dict[str, Any], tokenizer: Tokenizer | None) -> Save:
-        """Begin to write a checkpoint."""
-
-
 class RunCheckpoints:
     """A context manager that holds the run's folder of checkpoints; does nothing where they are switched off.
 
@@ -116,6 +115,7 @@ class RunCheckpoints:
         self._config: CheckpointConfig = config.checkpoint
         self._resume, self._weights_only = config.resume, config.resume_weights_only
         self.folder, self._metrics_path = output_dir / FOLDER, output_dir / METRICS
+        self._rows_path = output_dir / METRICS_FILE
         self.is_on = self._config.save_every is not None
         self._release = ExitStack()
         self._save: Save | None = None
@@ -167,20 +167,22 @@ class RunCheckpoints:
         """Whether a run that begins there goes on with what this run's folder holds."""
         return start.folder is not None and start.folder.resolve().parent == self.folder.resolve()
 
-    def begin(self, start: Start, engine: Saving) -> None:
-        """Training begins."""
+    def plan(self, engine: Engine) -> None:
+        """Have the engine's plan include what saves need."""
+        if self.is_on:
+            engine.plan_checkpoints(self._config.staging)
+
+    def begin(self, start: Start, engine: Engine, note: Note) -> None:
+        """Training begins; `note` gives what a checkpoint is to remember of the run."""
         if self.is_on:
             assert self._config.save_every is not None
-            self._engine = engine
+            self._engine, self._note = engine, note
             self._due = Due(parse_interval(self._config.save_every), start.step, start.tokens)
             self._last_step = start.step if start.folder is not None else -1
             self._metrics = self._release.enter_context(MetricsWriter(self._metrics_path, append=True))
 
-    def after_step(self, step: int, tokens: int, interrupts: Interrupts, note: Callable[[], dict[str, Any]]) -> None:
+    def after_step(self, step: int, tokens: int, interrupts: Interrupts) -> None:
         """Save if it is time, or if the run was asked to stop.
-
-        Args:
-            note: gives what the checkpoint is to remember of the run, its tokenizer under `tokenizer`.
 
         Raises:
             CheckpointError: a save has failed.
@@ -192,13 +194,13 @@ class RunCheckpoints:
             self._report()
         if interrupts.requested is not None:
             print(f"\n{interrupts.requested}: saving step {step}; once more stops at once", flush=True)
-            self.finish(step, note)
+            self.finish(step)
             print(f"saved {self.last}; resume=auto with the same hydra.run.dir goes on from it", flush=True)
             raise KeyboardInterrupt
         if self._due.is_due(step, tokens):
             if self._save is None:
                 self._due.saved(step, tokens)
-                self._begin(step, note)
+                self._begin(step)
             elif not self._is_late:
                 self._is_late = True
                 log.warning(
@@ -206,26 +208,27 @@ class RunCheckpoints:
                     "that is done. Set a longer checkpoint.save_every", step, self._last_step,
                 )  # fmt: skip
 
-    def finish(self, step: int, note: Callable[[], dict[str, Any]]) -> None:
+    def finish(self, step: int) -> None:
         """Have `step` on disk; returns when it is.
 
         Raises:
             CheckpointError: a save has failed.
         """
         if self.is_on:
-            self.begin_last(step, note)
+            self.begin_last(step)
             if self._save is not None:
                 self._report()
 
-    def begin_last(self, step: int, note: Callable[[], dict[str, Any]]) -> None:
+    def begin_last(self, step: int) -> None:
         """Begin to save `step` unless that was done before."""
         if self.is_on and self._last_step != step:
             if self._save is not None:
                 self._report()
-            self._begin(step, note)
+            self._begin(step)
 
-    def _begin(self, step: int, note: Callable[[], dict[str, Any]]) -> None:
-        run = note()
+    def _begin(self, step: int) -> None:
+        flush(self._rows_path)  # a checkpoint whose rows are lost would leave a gap
+        run = self._note()
         tokenizer = run.pop("tokenizer")
         self.last, self._last_step, self._is_late = step_folder(self.folder, step), step, False
         self._save = self._engine.save_checkpoint(self.last, run=run, tokenizer=tokenizer)

@@ -48,7 +48,7 @@ from horizon.plan.machine import (
 )
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryNeeds, MemoryPlan, check_fits, plan_memory
 from horizon.plan.placement import Placer, read_policy, unknown_activations
-from horizon.plan.refusals import check_memory, check_saving, check_speculation
+from horizon.plan.refusals import check_memory, check_speculation
 from horizon.plan.traffic import least_traffic
 from horizon.planner import StepPlanner
 from horizon.report.recording import Recording, record_steps
@@ -116,7 +116,7 @@ class Runtime:
             self._start_updater(needs)
             release.callback(lambda: self._updater.close())
             self.store.ledger.on_failure(lambda error: self.buffers.fail(error))
-            self.saves = Saves(self.store, self.streams, needs.moments, model.skeleton)
+            self.saves = Saves(self.store, self.streams, needs.moments, needs.master, model.skeleton)
             release.callback(self.saves.close)  # before the updater: what is being saved waits for updates
             self._steps = Steps(
                 lambda: self.executor, self._updater, self.streams, self.store.ledger, clipping,
@@ -257,9 +257,7 @@ class Runtime:
 
         Raises:
             BudgetError: the host has no room for it.
-            ConfigError: the states are none that a checkpoint can hold.
         """
-        check_saving(self.needs)
         activations, prediction = self.plan.activations, self.plan.prediction
 
         def planned(needs: MemoryNeeds) -> MemoryPlan:
@@ -283,9 +281,7 @@ class Runtime:
 
         Raises:
             CheckpointError: `fill` failed, and the states are of no use any more.
-            ConfigError: a checkpoint cannot fill states that are where these are; nothing has changed.
         """
-        check_saving(self.needs)
         self.wait_for_updates()
         self.saves.settle()
         self._updater.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,11 @@ from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
-from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
+from horizon.report.metrics import METRICS_FILE, MetricsWriter, cut_rows, from_row, to_json
 from horizon.report.split import describe_split
 from horizon.report.trace import require_matplotlib
 from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
+from horizon.run_log import LOG_FILE, RunLog, open_checkpoints
 from horizon.sampling import generate, sample_prompt, validation_batches
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
     Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
-    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints, the first
-    SIGTERM or Ctrl-C while it trains has it save and stop.
+    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints or optim=mezo,
+    the first SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -59,10 +60,10 @@ class Trainer:
         self.config = config
         self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
-        self.metrics_path = self.output_dir / "metrics.jsonl"
+        self.metrics_path = self.output_dir / METRICS_FILE
         self.trace_path = self.output_dir / "trace.json"
         self.start = Start()
-        self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
+        self.replay_path = self.output_dir / LOG_FILE  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
     def run(self) -> RunSummary:
@@ -76,7 +77,7 @@ class Trainer:
         self.config = with_lr(self.config, source)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_config(self.config, self.output_dir / "config.yaml")
-        with RunCheckpoints(self.config, self.output_dir) as checkpoints:
+        with open_checkpoints(self.config, self.output_dir) as checkpoints:
             self.start = checkpoints.find_start()
             write_config(self.config, self.output_dir / "config.yaml")
             if model.self_check:  # before anything that takes long
@@ -91,10 +92,7 @@ class Trainer:
             with self._advising(len(data.tokenizer)):
                 engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
             with engine:
-                if self.config.optim.name == "mezo":
-                    engine.log_steps(self.replay_path, "" if source is None else str(source.folder))
-                if checkpoints.is_on:
-                    engine.plan_checkpoints(self.config.checkpoint.staging)
+                checkpoints.plan(engine)
                 summary = self._run(engine, data, checkpoints)
         (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         self._print_end(summary)
@@ -145,7 +143,7 @@ class Trainer:
             trust_remote_code=trust,
         )
 
-    def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints) -> RunSummary:
+    def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints | RunLog) -> RunSummary:
         train, start = self.config.train, self.start.run
         with self._advising(engine.vocab_size):
             micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
@@ -175,14 +173,14 @@ class Trainer:
                 "tokenizer": data.tokenizer,
             }
 
-        checkpoints.begin(self.start, engine)
-        split = self._train(engine, loader, checkpoints, note) if self.step < train.steps else None
-        checkpoints.begin_last(self.step, note)
+        checkpoints.begin(self.start, engine, note)
+        split = self._train(engine, loader, checkpoints) if self.step < train.steps else None
+        checkpoints.begin_last(self.step)
         loss_after, sample_after = self._assess("after", engine, data, held_out)
         model_dir = self.output_dir / "model" if train.save else None
         if model_dir is not None:
             engine.save_pretrained(model_dir, tokenizer=data.tokenizer)
-        checkpoints.finish(self.step, note)
+        checkpoints.finish(self.step)
         seconds = sum(row.seconds for row in self.rows)
         return RunSummary(
             steps=self.step,
@@ -206,9 +204,7 @@ class Trainer:
             trace_file=str(self.trace_path) if self.config.trace else None,
         )
 
-    def _train(
-        self, engine: Engine, loader: Loader, checkpoints: RunCheckpoints, note_run: Callable[[], dict[str, Any]]
-    ) -> StepSplit:
+    def _train(self, engine: Engine, loader: Loader, checkpoints: RunCheckpoints | RunLog) -> StepSplit:
         """All steps that are left, a few of which are recorded: where their time went."""
         num_steps, done = self.config.train.steps, self.step
         notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
@@ -223,17 +219,13 @@ class Trainer:
             interrupts if checkpoints.is_on else nullcontext(),
         ):
 
-            def note_when_on_disk() -> dict[str, Any]:
-                metrics.sync()  # a checkpoint whose rows are lost would leave a gap
-                return note_run()
-
             def train_until(step: int) -> None:
                 while self.step < step:
                     row = self._step(engine, loader)
                     self.rows.append(row)
                     metrics.write(row)
                     display.show(row)
-                    checkpoints.after_step(row.step, self.tokens, interrupts, note_when_on_disk)
+                    checkpoints.after_step(row.step, self.tokens, interrupts)
 
             try:
                 train_until(first - 1)
@@ -383,7 +375,7 @@ def build_engine(
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     made = {"vocab_size": len(tokenizer), **special, **model.config}
     what = made if source is None else str(source.folder)
-    if checkpoint is None:
+    if checkpoint is None or optim.name == "mezo":  # whose log is replayed later
         return Engine.from_pretrained(what, **settings)
     return Engine.load_checkpoint(checkpoint, model=what, weights_only=config.resume_weights_only, **settings)
 

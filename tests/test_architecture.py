@@ -29,6 +29,7 @@ FLOW = (
     ("building",),
     ("engine", "interrupts"),
     ("run_checkpoints", "sampling"),
+    ("run_log",),
     ("trainer", "replaying", "bench"),
     ("doctor",),
     ("commands",),

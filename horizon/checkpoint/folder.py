@@ -73,7 +73,7 @@ class PartialFolder:
         """Have all names on disk, then the folder's own: from there on it is a checkpoint. The files are on disk."""
         flush_folders(self.path)
         os.rename(self.path, self.target)
-        flush_folder(self.target.parent)
+        flush(self.target.parent)
         os.close(self._descriptor)
 
     def discard(self) -> None:
@@ -124,7 +124,7 @@ def remove_left_overs(parent: Path) -> list[Path]:
 
 
 class FolderLock:
-    """Keeps other runs from writing into a folder of checkpoints, as long as the process lives; a context manager.
+    """Keeps other runs from writing into a folder, as long as the process lives; a context manager.
 
     Raises:
         CheckpointError: another run holds it.
@@ -138,8 +138,8 @@ class FolderLock:
             holder = os.read(self._descriptor, 32).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise CheckpointError(
-                f"another run (process {holder or 'unknown'}) writes checkpoints to {parent}; stop it, or choose "
-                "another hydra.run.dir"
+                f"another run (process {holder or 'unknown'}) writes to {parent}; stop it, or choose another "
+                "hydra.run.dir"
             )
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"{os.getpid()}\n".encode())
@@ -151,9 +151,9 @@ class FolderLock:
         os.close(self._descriptor)
 
 
-def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    with _opened(folder) as descriptor:
+def flush(path: Path) -> None:
+    """Have what a file holds, or the names in a folder, on disk."""
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
 
 
@@ -168,14 +168,13 @@ def write_flushed(path: Path, text: str) -> None:
 def flush_folders(folder: Path) -> None:
     """Have the names in a folder, and in every folder inside, on disk."""
     for inside, _, _ in os.walk(folder):
-        flush_folder(Path(inside))
+        flush(Path(inside))
 
 
 def flush_files(folder: Path) -> None:
     """Have what every file in a folder holds on disk."""
     for path in folder.rglob("*"):
-        with _opened(path) as descriptor:
-            os.fsync(descriptor)
+        flush(path)
 
 
 @contextmanager

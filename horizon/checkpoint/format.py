@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.layout import BlockLayout, Param
-from horizon.plan.states import GROUP, MASTER, MOMENTS, State
+from horizon.plan.states import GROUP, MASTERS, MOMENTS, State
 from horizon.units import MIB
 
 MANIFEST = "manifest.json"
 ARRAYS = "arrays"
-MASTER_KIND = "master"  # fp32, joined from weights and residual
+MASTER_KIND = "master"  # fp32, joined from weights and residual, or bf16: the weights alone
 BUFFER_KIND = "buffer"  # what the model's state dict holds beside parameters
 CHUNK_BYTES = 64 * MIB
 CRC_BYTES = 4  # of crc32c behind a chunk's numbers
@@ -115,20 +115,27 @@ class StateArray:
     start: int  # of the first number in the flat state
 
 
-def list_arrays(layouts: Sequence[BlockLayout], moments: Moments | None) -> list[StateArray]:
-    """The arrays of a model whose moments are kept in a format (None: it has none), block by block."""
+def list_arrays(
+    layouts: Sequence[BlockLayout], moments: Moments | None, master: MasterFormat = MasterFormat.split
+) -> list[StateArray]:
+    """The arrays of a model whose masters and moments (None: it has none) are kept in a format, block by block."""
     kinds = () if moments is None else MOMENTS[moments]
     return [
         array
         for layout in layouts
         for param in layout.params
-        for array in (_master(layout, param), *(_moment(layout, param, s) for s in kinds if param.spec.trainable))
+        for array in (
+            _master(layout, param, master),
+            *(_moment(layout, param, s) for s in kinds if param.spec.trainable),
+        )
     ]
 
 
-def _master(layout: BlockLayout, param: Param) -> StateArray:
-    spec = ArraySpec(param.name, MASTER_KIND, param.spec.shape, "float32")
-    return StateArray(spec, layout.index, tuple(state.name for state in MASTER), param.offset)
+def _master(layout: BlockLayout, param: Param, master: MasterFormat) -> StateArray:
+    states = MASTERS[master]
+    dtype = "float32" if len(states) == 2 else DTYPE_NAMES[states[0].dtype]
+    spec = ArraySpec(param.name, MASTER_KIND, param.spec.shape, dtype)
+    return StateArray(spec, layout.index, tuple(state.name for state in states), param.offset)
 
 
 def _moment(layout: BlockLayout, param: Param, state: State) -> StateArray:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from horizon.checkpoint.format import DTYPES, MANIFEST, ArraySpec
+from horizon.config.schema import MasterFormat
 from horizon.errors import CheckpointError
 from horizon.plan.states import MOMENTS
 
-FORMAT, SCHEMA = "horizon-checkpoint", 1
+FORMAT, SCHEMA = "horizon-checkpoint", 2
+SPLIT_ONLY = 1  # an earlier schema, the same but for `optimizer`: it has no `master`, which was always split
 _KINDS = {"master", "buffer", *(state.name for states in MOMENTS.values() for state in states)}
 
 
@@ -36,7 +38,7 @@ class Manifest:
     passes: int = 0  # backward passes so far, each with dropout masks of its own
     seed: int = 0
     last_norm: float | None = None  # of the gradients of the step applied last, before clipping
-    optimizer: dict[str, Any] | None = None  # name, beta1, beta2, eps, weight_decay, moments; None: weights only
+    optimizer: dict[str, Any] | None = None  # see `restore.optimizer_facts`; None: weights only
     frozen: list[str] = field(default_factory=list)  # parameters that are not trained
     run: dict[str, Any] = field(default_factory=dict)  # whatever the caller of the save wants to have back
     arrays: list[ArraySpec] = field(default_factory=list)
@@ -80,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is truncated or damaged: {error}; use an earlier checkpoint") from error
     if not isinstance(whole, dict) or whole.get("format") != FORMAT or not isinstance(whole.get("content"), dict):
         raise CheckpointError(f"{path} is not a manifest of a Horizon checkpoint")
-    if whole.get("schema") != SCHEMA:
+    if whole.get("schema") not in (SPLIT_ONLY, SCHEMA):
         raise CheckpointError(
             f"{path} has schema {whole.get('schema')!r} and this Horizon reads {SCHEMA}; use the version that wrote it "
             f"({whole['content'].get('horizon')})"
@@ -88,15 +90,17 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if whole.get("checksum") != checksum(whole["content"]):
             raise CheckpointError(f"{path} is damaged: its checksum does not match; use an earlier checkpoint")
-        return _from_content(whole["content"])
+        return _from_content(whole["content"], whole["schema"])
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; use an earlier checkpoint") from error
 
 
-def _from_content(content: dict[str, Any]) -> Manifest:
+def _from_content(content: dict[str, Any], schema: int) -> Manifest:
     names = {item.name for item in dataclasses.fields(Manifest)}
     if content.keys() != names:
         raise ValueError(f"keys {sorted(content.keys() ^ names)}")
+    if schema == SPLIT_ONLY and content["optimizer"] is not None:
+        content["optimizer"]["master"] = str(MasterFormat.split)
     return Manifest(**{**content, "arrays": [_array(entry) for entry in content["arrays"]]})
 
 

@@ -8,8 +8,9 @@ through fp32; into fewer bits they are rounded stochastically, as an update of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,11 +27,14 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.moments import noise, random_bits, read_m, read_v, write_m, write_v
 from horizon.plan.states import GROUP, MOMENTS
 from horizon.store.host import HostStore
-from horizon.store.split import split_master
 
 # Keys of a transformers config that do not change what the model computes.
-_IDLE_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_IDLE_KEYS = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "attn_implementation"
+}  # fmt: skip
 _NUM_NAMED = 3
+
+Write: TypeAlias = Callable[[str, int, Tensor], None]  # a block's numbers: state, first number, values
 
 
 def optimizer_facts(optimizer: AdamW) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def optimizer_facts(optimizer: AdamW) -> dict[str, Any]:
     return {
         "name": "adamw", "beta1": beta1, "beta2": beta2, "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay, "moments": str(optimizer.moments),
+        "master": str(optimizer.master),
     }  # fmt: skip
 
 
@@ -51,8 +56,10 @@ def config_facts(config: Any) -> dict[str, Any]:
 def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
     """What a manifest says of a model."""
     generation = getattr(skeleton, "generation_config", None)
+    # a config leaves it out of what it tells of itself, but other kernels would give other last bits
+    eager = {"attn_implementation": "eager"} if skeleton.config._attn_implementation == "eager" else {}
     return {
-        "model": config_facts(skeleton.config),
+        "model": {**config_facts(skeleton.config), **eager},
         "model_class": type(skeleton).__name__,
         "generation": None if generation is None else config_facts(generation),
     }
@@ -118,14 +125,11 @@ def restore_weights(checkpoint: Checkpoint, store: HostStore) -> None:
         CheckpointError: an array is damaged; what was read before it has been stored.
     """
     for layout in store.layouts:
-        states = store.states(layout.index)
         for param in layout.params:
             for chunk, values in checkpoint.chunks(param.name, MASTER_KIND):
-                span = slice(param.offset + chunk.start, param.offset + chunk.stop)
-                for state, half in zip(("weights", "residual"), split_master(values.reshape(-1)), strict=True):
-                    states[state][span].copy_(half)
+                store.write_elements(layout.index, param.offset + chunk.start, values)
         for name in store.moments:
-            states[name].zero_()
+            store.clear_state(name, layout.index)
 
 
 def restore_moments(checkpoint: Checkpoint, store: HostStore, moments: Moments, seed: int) -> None:
@@ -134,22 +138,22 @@ def restore_moments(checkpoint: Checkpoint, store: HostStore, moments: Moments, 
     assert manifest.optimizer is not None
     saved = Moments(manifest.optimizer["moments"])
     for layout in store.layouts:
-        states = store.states(layout.index)
+        write = partial(store.write_numbers, layout.index)
         for param in layout.trainable:
             if saved is moments:
-                _copy(checkpoint, param, states, moments)
+                _copy(checkpoint, param, write, moments)
                 continue
             for start, both in _as_float32(checkpoint, param, saved):
                 first = param.offset + start
                 random = random_bits(noise(seed, manifest.step, layout.index, first), both[0].size)
-                _store(states, first, both, moments, random)
+                _store(write, first, both, moments, random)
 
 
-def _copy(checkpoint: Checkpoint, param: Param, states: dict[str, Tensor], moments: Moments) -> None:
+def _copy(checkpoint: Checkpoint, param: Param, write: Write, moments: Moments) -> None:
     for state in MOMENTS[moments]:
         begin = state.span(param.offset, param.end).start
         for chunk, values in checkpoint.chunks(param.name, state.name):
-            states[state.name][begin + chunk.start : begin + chunk.stop].copy_(values.reshape(-1))
+            write(state.name, begin + chunk.start, values.reshape(-1))
 
 
 def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterator[tuple[int, tuple[Array, Array]]]:
@@ -171,24 +175,19 @@ def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterato
             yield start, (m.float().numpy(), v.float().numpy())
 
 
-def _store(states: dict[str, Tensor], first: int, both: tuple[Array, Array], moments: Moments, random: Array) -> None:
-    """Write flat fp32 moments into a block's states from element `first` on, in the format that those have."""
-    for state, values, write in zip(MOMENTS[moments][:2], both, (write_m, write_v), strict=True):
-        target = states[state.name][first : first + values.size]
+def _store(write: Write, first: int, both: tuple[Array, Array], moments: Moments, random: Array) -> None:
+    """Write flat fp32 moments from element `first` of a block on, in the format that those have."""
+    for state, values, to_codes in zip(MOMENTS[moments][:2], both, (write_m, write_v), strict=True):
         if moments is Moments.int8:
-            codes, scales = write(values, random)
-            target.copy_(torch.from_numpy(codes))
-            groups = slice(first // GROUP, first // GROUP + scales.size)
-            states[f"{state.name}_scale"][groups].copy_(torch.from_numpy(scales))
+            codes, scales = to_codes(values, random)
+            write(state.name, first, torch.from_numpy(codes))
+            write(f"{state.name}_scale", first // GROUP, torch.from_numpy(scales))
         elif moments is Moments.bfloat16:
-            bits = values.view(np.uint32) + (
-                random & np.uint32(0xFFFF) if write is write_m else random >> np.uint32(16)
-            )
-            target.copy_(
-                torch.from_numpy((bits >> np.uint32(16)).astype(np.uint16).view(np.int16)).view(torch.bfloat16)
-            )
+            below = random & np.uint32(0xFFFF) if to_codes is write_m else random >> np.uint32(16)
+            bits = ((values.view(np.uint32) + below) >> np.uint32(16)).astype(np.uint16)
+            write(state.name, first, torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
         else:
-            target.copy_(torch.from_numpy(values))
+            write(state.name, first, torch.from_numpy(values))
 
 
 def _some(names: list[str]) -> str:

@@ -23,12 +23,13 @@ from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.snapshot import BOUNCE_BYTES, Snapshot, StateReader
 from horizon.checkpoint.staging import ALIGN, Staging
-from horizon.config.schema import Moments
+from horizon.config.schema import MasterFormat, Moments
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.models.hf_config import one_line
 from horizon.optim.threads import available_cores
 from horizon.records import CheckpointRow
 from horizon.store.host import HostStore
+from horizon.store.nvme import BOUNCE
 from horizon.stream.streams import Streams
 from horizon.units import align_up, format_bytes, parse_bytes
 
@@ -133,10 +134,12 @@ def _as_checkpoint_error(error: BaseException, folder: Path) -> BaseException:
 class Saves:
     """The saves of one engine; `skeleton` gives the buffers that its model's state dict has beside parameters."""
 
-    def __init__(self, store: HostStore, streams: Streams, moments: Moments, skeleton: nn.Module) -> None:
+    def __init__(
+        self, store: HostStore, streams: Streams, moments: Moments, master: MasterFormat, skeleton: nn.Module
+    ) -> None:
         self._store, self._buffers = store, saved_buffers(skeleton)
         self._reader = StateReader(store, streams, COPY_THREADS)
-        self._arrays = list_arrays(store.layouts, moments)
+        self._arrays = list_arrays(store.layouts, moments, master)
         self._buffer_specs = [
             ArraySpec(name, BUFFER_KIND, tuple(value.shape), DTYPE_NAMES[value.dtype])
             for name, value in self._buffers.items()
@@ -163,7 +166,7 @@ class Saves:
         """
         self._staging_bytes = staging_bytes(self._arrays, staging, room)
         load_library()
-        return saving_bytes(self._arrays, self._staging_bytes, self._reader.pins)
+        return saving_bytes(self._arrays, self._staging_bytes, self._reader.on_gpu, bool(self._store.on_nvme))
 
     @property
     def planned(self) -> bool:
@@ -273,9 +276,11 @@ def staging_bytes(arrays: Sequence[StateArray], staging: str, room: int) -> int:
     return size
 
 
-def saving_bytes(arrays: Sequence[StateArray], staging_size: int, pins: bool) -> int:
-    """Host memory that saving takes; `pins`: blocks may be in the memory of a GPU."""
-    return staging_size + writing_bytes(_aligned_bytes(arrays)) + (COPY_THREADS * BOUNCE_BYTES if pins else 0)
+def saving_bytes(arrays: Sequence[StateArray], staging_size: int, on_gpu: bool, on_nvme: bool) -> int:
+    """Host memory that saving takes where states may be in the memory of a GPU, or on nvme."""
+    copying = COPY_THREADS * BOUNCE_BYTES if on_gpu or on_nvme else 0
+    reading = BOUNCE if on_nvme else 0
+    return staging_size + writing_bytes(_aligned_bytes(arrays)) + copying + reading
 
 
 def _aligned_bytes(arrays: Sequence[StateArray]) -> int:

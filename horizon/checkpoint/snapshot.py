@@ -32,7 +32,7 @@ from horizon.store.split import HOST_PIECE
 from horizon.stream.streams import Streams
 from horizon.units import MIB
 
-BOUNCE_BYTES = 16 * MIB  # of pinned memory, for each thread, that states of blocks in HBM come through
+BOUNCE_BYTES = 16 * MIB  # for each thread, that states in HBM (pinned, then) and on nvme come through
 
 
 class Write(Protocol):
@@ -178,10 +178,11 @@ class Snapshot:
 class StateReader:
     """Copies numbers of blocks' flat states to host memory, wherever they lie, without taking device memory.
 
-    From a device they come on a stream of their own, some at a time through a little pinned memory.
+    From a device they come on a stream of its own, some at a time through a little pinned memory. From nvme they come
+    through the tier, beside the pages of updates; the halves of a master some at a time, too.
 
     Args:
-        num_threads: that may copy from a device at the same time; others wait for their turn.
+        num_threads: that may copy from a device or from nvme at the same time; others wait for their turn.
     """
 
     def __init__(self, store: HostStore, streams: Streams, num_threads: int = 1) -> None:
@@ -189,53 +190,67 @@ class StateReader:
         self._stream = torch.cuda.Stream(streams.device) if streams.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._bounce: Arena | None = None
         self._free: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()  # for two halves each
+        self._num_pages: dict[int, int] = {}  # by block, those that must be on nvme before it is read
 
     @property
-    def pins(self) -> bool:
-        """Whether it may take pinned memory, `BOUNCE_BYTES` for each thread."""
+    def on_gpu(self) -> bool:
+        """Whether states may be in device memory."""
         return self._stream is not None
 
     def begin(self) -> None:
-        """What is read from now on comes after all that the device was told to do so far."""
+        """What is read from now on comes after all that the device and the updates were told to do so far."""
+        if self._store.pages is not None:
+            self._num_pages = self._store.pages.announced()
         if self._stream is not None:
             for stream in (self._streams.compute, self._streams.update):
                 self._stream.wait_event(stream.record_event())
-            if self._bounce is None and self._store.in_hbm:
-                self._bounce = Arena([BOUNCE_BYTES // 2] * (2 * self._num_threads), "checkpoint copies", pin=True)
-                for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
-                    self._free.put(pair)
+        if self._bounce is None and (self._store.on_nvme or (self._stream is not None and self._store.in_hbm)):
+            sizes, pin = [BOUNCE_BYTES // 2] * (2 * self._num_threads), self._stream is not None
+            self._bounce = Arena(sizes, "checkpoint copies", pin=pin)
+            for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
+                self._free.put(pair)
 
     def read(self, array: StateArray, chunk: Chunk, out: Tensor) -> None:
         """Fill `out`, flat, with a chunk's numbers: of a state, or masters joined from both halves."""
         start, stop = array.start + chunk.start, array.start + chunk.stop
         states = self._store.states(array.block)
-        sources = [states[name][start:stop] for name in array.states]
-        if sources[0].device.type == "cpu":
-            _combine(sources, out)
+        sources = {name: states[name] for name in array.states}
+        on_nvme = {name for name in sources if (name, array.block) in self._store.on_nvme}
+        if not on_nvme and all(source.device.type == "cpu" for source in sources.values()):
+            _combine([source[start:stop] for source in sources.values()], out)
             return
-        size = BOUNCE_BYTES // 2 // max(source.itemsize for source in sources)
+        if on_nvme and array.block in self._num_pages:
+            assert self._store.pages is not None
+            self._store.pages.wait_for(array.block, self._num_pages[array.block])
+        size = BOUNCE_BYTES // 2 // max(source.itemsize for source in sources.values())
         pair = self._free.get()
         try:
-            for first in range(0, out.numel(), size):
-                parts = [source[first : first + size] for source in sources]
-                _combine(self._fetch(parts, pair), out[first : first + size])
+            for first in range(start, stop, size):
+                span = slice(first, min(first + size, stop))
+                parts = []
+                for (name, source), region in zip(sources.items(), pair, strict=False):
+                    part = region.view(source.dtype)[: span.stop - first]
+                    if name in on_nvme:
+                        self._store.read_nvme(array.block, name, first, part)
+                    else:
+                        part = self._fetch(source[span], part)
+                    parts.append(part)
+                _combine(parts, out[first - start : span.stop - start])
         finally:
             self._free.put(pair)
 
-    def _fetch(self, sources: list[Tensor], pair: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """The numbers in pinned memory."""
-        assert self._stream is not None
+    def _fetch(self, source: Tensor, region: Tensor) -> Tensor:
+        """The numbers in host memory: where they are, or in `region`."""
+        if self._stream is None or source.device.type == "cpu":
+            return source
         with self._streams.running(self._stream):
-            fetched = [
-                region[: source.nbytes].view(source.dtype).copy_(source, non_blocking=True)
-                for source, region in zip(sources, pair, strict=False)
-            ]
+            region.copy_(source, non_blocking=True)
             copied = self._stream.record_event()
         copied.synchronize()  # the CPU reads them next
-        return fetched
+        return region
 
     def close(self) -> None:
-        """Give the pinned memory back."""
+        """Give the memory back."""
         if self._bounce is not None:
             self._bounce.close()
             self._bounce = None

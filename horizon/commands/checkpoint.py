@@ -14,6 +14,7 @@ from horizon.checkpoint.folder import list_checkpoints
 from horizon.checkpoint.manifest import Manifest, read_manifest
 from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.schedule import best_checkpoint, prune
+from horizon.config.schema import MasterFormat
 from horizon.errors import CheckpointError, ConfigError
 from horizon.run_checkpoints import FOLDER, find_checkpoint
 from horizon.units import format_bytes, parse_bytes
@@ -71,11 +72,12 @@ def _ls(arguments: list[str]) -> int:
 def describe(manifest: Manifest) -> str:
     """A checkpoint on one line."""
     loss = manifest.run.get("validation_loss")
-    moments = manifest.optimizer["moments"] if manifest.optimizer else "no"
+    optimizer = manifest.optimizer or {"moments": "no", "master": MasterFormat.split}
+    masters = "" if optimizer["master"] == MasterFormat.split else ", bf16 masters"
     parts = [
         f"{format_bytes(manifest.num_bytes):>9}",
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time)),
-        f"{manifest.model_class} at step {manifest.step}, {moments} moments",
+        f"{manifest.model_class} at step {manifest.step}, {optimizer['moments']} moments{masters}",
         *([f"{manifest.run['tokens']:,} tokens"] if "tokens" in manifest.run else []),
         *([] if loss is None else [f"validation loss {loss:.4f}"]),
     ]

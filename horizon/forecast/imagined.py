@@ -28,7 +28,7 @@ from horizon.plan.estimate import Estimator
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.refusals import check_memory, check_saving, check_speculation
+from horizon.plan.refusals import check_memory, check_speculation
 from horizon.planner import StepPlanner
 from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.stream.activations import Activations
@@ -150,7 +150,6 @@ class Forecaster:
         needs = placer.place(needs, limits, unknown_activations(limits))
         check_speculation(needs, config.optim.clip)
         if config.checkpoint.save_every is not None:
-            check_saving(needs)
             needs = self._saving(needs, limits, config.checkpoint.staging)
         parts = _Imagined(self.model, needs, plan_memory(needs, limits), _as_landed(config, needs))
         activations, predictor = self._estimates(config, needs, limits)
@@ -163,9 +162,9 @@ class Forecaster:
 
     def _saving(self, needs: MemoryNeeds, limits: Limits, staging: str) -> MemoryNeeds:
         """The same, with the memory that checkpoints are written from, as `Runtime.plan_saves` has it."""
-        arrays = list_arrays(needs.layouts, needs.moments)
+        arrays = list_arrays(needs.layouts, needs.moments, needs.master)
         size = staging_bytes(arrays, staging, limits.host - plan_memory(needs, limits).num_bytes("host"))
-        return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu))
+        return replace(needs, saving=saving_bytes(arrays, size, self.target.on_gpu, bool(needs.on_nvme)))
 
     def _estimates(self, config: HorizonConfig, needs: MemoryNeeds, limits: Limits) -> tuple[Activations, Predictor]:
         on_gpu, fused = self.target.on_gpu, self.target.fused(config.kernels)

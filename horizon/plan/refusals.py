@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from horizon.config.schema import Clip, MasterFormat, MemoryConfig
+from horizon.config.schema import Clip, MemoryConfig
 from horizon.errors import ConfigError
 from horizon.plan.memory import MemoryNeeds
 
@@ -21,18 +21,4 @@ def check_speculation(needs: MemoryNeeds, clip: Clip) -> None:
         raise ConfigError(
             "clip=speculative takes updates back, which would bring states on nvme over the disk twice; set "
             "optim.clip=exact or lagged, or keep states in dram (memory.policy=dram)"
-        )
-
-
-def check_saving(needs: MemoryNeeds) -> None:
-    """Raise a ConfigError where the states are none that a checkpoint can hold."""
-    if needs.on_nvme:
-        raise ConfigError(
-            "checkpoints hold states of dram and hbm, but some are placed on nvme; set checkpoint.save_every=null "
-            "and resume=null, or a memory.policy without nvme"
-        )
-    if needs.master is not MasterFormat.split:
-        raise ConfigError(
-            f"checkpoints hold fp32 masters, but optim.master={needs.master}; set checkpoint.save_every=null and "
-            "resume=null, or optim.master=split"
         )

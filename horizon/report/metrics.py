@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", bound="DataclassInstance")
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Writes rows to a file, a new one or (`append`) behind what it holds, and flushes each; a context manager."""
@@ -30,10 +32,6 @@ class MetricsWriter:
         """Append one row."""
         self._file.write(to_json(row) + "\n")
         self._file.flush()
-
-    def sync(self) -> None:
-        """Have all rows on disk, whatever happens to the machine."""
-        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

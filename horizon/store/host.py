@@ -165,7 +165,14 @@ class HostStore:
 
     def write_state(self, name: str, block: int, value: Tensor) -> None:
         """Set a state of a block, wherever it is; nobody may be reading or updating it."""
-        self._write((name, block), 0, value.to(self._kinds[name].dtype))
+        self.write_numbers(block, name, 0, value.to(self._kinds[name].dtype))
+
+    def clear_state(self, name: str, block: int) -> None:
+        """Set all numbers of a state of a block to zero; nobody may be reading or updating it."""
+        kind, numel = self._kinds[name], self._kinds[name].numel(self.layouts[block])
+        zeros = torch.zeros(min(numel, WRITE_PIECE), dtype=kind.dtype)
+        for start in range(0, numel, WRITE_PIECE):
+            self.write_numbers(block, name, start, zeros[: numel - start])
 
     def _settled_nvme(self) -> NvmeTier:
         """The tier, nothing on its way to it."""
@@ -173,11 +180,11 @@ class HostStore:
         self.pages.wait_written()
         return self._nvme
 
-    def _write(self, place: Place, start: int, value: Tensor) -> None:
-        """Set numbers of a state from number `start` on."""
-        name, block = place
-        if place in self.on_nvme:
-            self._settled_nvme().write_range(place, start * value.itemsize, as_bytes(value.cpu().contiguous()))
+    def write_numbers(self, block: int, name: str, start: int, value: Tensor) -> None:
+        """Set numbers of a state of a block, wherever it is, from number `start` on; as `write_state`."""
+        if (name, block) in self.on_nvme:
+            bits = as_bytes(value.cpu().contiguous())
+            self._settled_nvme().write_range((name, block), start * value.itemsize, bits)
         else:
             self._states[name].blocks[block][start : start + value.numel()].copy_(value)
 
@@ -187,8 +194,17 @@ class HostStore:
         if place not in self.on_nvme:
             return self._states[name].blocks[block][start:stop].cpu()
         numbers = torch.empty(stop - start, dtype=self._kinds[name].dtype)
-        self._settled_nvme().read_range(place, start * numbers.itemsize, as_bytes(numbers))
+        self._settled_nvme()
+        self.read_nvme(block, name, start, numbers)
         return numbers
+
+    def read_nvme(self, block: int, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, flat on the CPU, with numbers of a state on nvme from number `start` on, as the disk has them.
+
+        May be called from any thread, while other blocks are updated.
+        """
+        assert self._nvme is not None
+        self._nvme.read_range((name, block), start * out.itemsize, as_bytes(out))
 
     def keep_in_hbm(self, in_hbm: Set[int]) -> None:
         """Have the states of exactly these blocks on the device; nobody may be reading or updating any.
@@ -225,12 +241,15 @@ class HostStore:
         block, param = self.place(name)
         if tuple(value.shape) != param.spec.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, the model expects {param.spec.shape}")
-        start = param.offset
+        self.write_elements(block, param.offset, value)
+
+    def write_elements(self, block: int, start: int, value: Tensor) -> None:
+        """Set masters of a block from element `start` on; as `write_master`."""
         for piece in torch.split(value.detach().reshape(-1), WRITE_PIECE):  # a device may have little room beside it
             high, low = split_master(piece.float())
-            self._write(("weights", block), start, high)
+            self.write_numbers(block, "weights", start, high)
             if self.residual:
-                self._write(("residual", block), start, low)
+                self.write_numbers(block, "residual", start, low)
             start += piece.numel()
 
     def read_master(self, name: str) -> Tensor:

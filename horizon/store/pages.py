@@ -61,7 +61,8 @@ class UpdatePages:
         self._free = list(self._arena.regions)
         self._wanted: deque[Key] = deque()
         self._pages: dict[Key, _Page] = {}
-        self._unwritten = dict.fromkeys(self.states, 0)  # pages announced and not on disk again
+        self._announced = dict.fromkeys(self.states, 0)  # pages so far
+        self._num_written = dict.fromkeys(self.states, 0)  # of these, on disk again
         self._then: dict[int, Callable[[], None]] = {}
         self._changed = threading.Condition()
         ledger.on_failure(lambda error: self._notify())
@@ -71,7 +72,7 @@ class UpdatePages:
         with self._changed:
             pages = range(num_pages(self._layouts[block]))
             self._wanted.extend((block, page) for page in pages)
-            self._unwritten[block] += len(pages)
+            self._announced[block] += len(pages)
         self._read_ahead()
 
     def acquire(self, block: int, page: int) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ class UpdatePages:
     def when_loadable(self, block: int, then: Callable[[], None]) -> None:
         """Call `then` once loads see all released pages of the block, by this thread or one of the disk's."""
         with self._changed:
-            if block in self._read_by_loads and self._unwritten[block]:
+            if block in self._read_by_loads and self._is_under_way(block):
                 self._then[block] = then
                 return
         then()
@@ -102,7 +103,21 @@ class UpdatePages:
     def wait_written(self) -> None:
         """Return when all announced pages are on disk; raises the ledger's failure."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ledger.failed or not any(self._unwritten.values()))
+            self._changed.wait_for(lambda: self._ledger.failed or not any(map(self._is_under_way, self.states)))
+        self._ledger.raise_if_failed()
+
+    def announced(self) -> dict[int, int]:
+        """By block, the pages announced so far."""
+        with self._changed:
+            return dict(self._announced)
+
+    def wait_for(self, block: int, num_pages: int) -> None:
+        """Return when so many of the block's pages are on disk; raises the ledger's failure.
+
+        Unlike `wait_written` it does not wait for updates announced later, which may be waiting for the caller.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ledger.failed or self._num_written[block] >= num_pages)
         self._ledger.raise_if_failed()
 
     def stop(self) -> None:
@@ -145,12 +160,15 @@ class UpdatePages:
         block, _ = key
         with self._changed:
             self._free.append(self._pages.pop(key).buffer)
-            self._unwritten[block] -= 1
-            then = None if self._unwritten[block] else self._then.pop(block, None)
+            self._num_written[block] += 1
+            then = None if self._is_under_way(block) else self._then.pop(block, None)
             self._changed.notify_all()
         self._read_ahead()
         if then is not None:
             then()
+
+    def _is_under_way(self, block: int) -> bool:
+        return self._num_written[block] < self._announced[block]
 
     def _is_ready(self, key: Key) -> bool:
         return key in self._pages and self._pages[key].ready

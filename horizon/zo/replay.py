@@ -1,11 +1,13 @@
 """The replay log: a zeroth-order run as a text of kilobytes, from which its weights are rebuilt bit for bit.
 
-    {"horizon_replay": 1, "model": ..., "fingerprint": ..., "noise": ..., settings ...}
-    {"step": 1, "seed": 0, "projected_gradients": [0.25], "lr": 1e-06}
+    {"horizon_replay": 1, "model": ..., "fingerprint": ..., "noise": ..., settings ..., "run": {...}}
+    {"step": 1, "seed": 0, "projected_gradients": [0.25], "lr": 1e-06, "run": {...}}
     ...
 
 The first line says what the run began with; each line after it is one step. Numbers are written so that they read back
-as the same doubles. A line is on disk as soon as its step is done; one that was cut off by a crash is left out.
+as the same doubles. `run`, where there is one, is what its writer wants to know of the step in order to go on; later
+lines' values take the place of earlier ones'. A line is written as soon as its step is done; one that was cut off by a
+crash is left out.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +47,49 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class ReplayLog:
-    """A log as read."""
+    """A run as its log has it."""
 
     beginning: Beginning
     records: Sequence[StepRecord]
+    run: dict[str, Any] = field(default_factory=dict)  # after the last step
+
+    def text(self) -> str:
+        """What a file of it holds."""
+        beginning = self.beginning
+        header = {
+            "horizon_replay": FORMAT, "model": beginning.model, "fingerprint": beginning.fingerprint,
+            "noise": VERSION, "freeze": list(beginning.freeze), **dataclasses.asdict(beginning.settings),
+        }  # fmt: skip
+        return _line(header, self.run) + "".join(_line(dataclasses.asdict(record), {}) for record in self.records)
 
 
 class ReplayWriter:
-    """Writes a run's log, a new file."""
+    """Appends steps to a log that holds `text`, whole lines, from the beginning on: at no instant is there less."""
 
-    def __init__(self, path: Path, beginning: Beginning):
-        self._file = path.open("w", encoding="utf-8")
-        self._write(
-            {
-                "horizon_replay": FORMAT, "model": beginning.model, "fingerprint": beginning.fingerprint,
-                "noise": VERSION, "freeze": list(beginning.freeze), **dataclasses.asdict(beginning.settings),
-            }
-        )  # fmt: skip
+    def __init__(self, path: Path, text: str):
+        written = path.with_name(f".{path.name}.new")
+        self._file = written.open("w", encoding="utf-8")
+        self._file.write(text)
+        self.sync()
+        os.replace(written, path)
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, record: StepRecord, run: dict[str, Any] | None = None) -> None:
         """Append a step."""
-        self._write(dataclasses.asdict(record))
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(dataclasses.asdict(record), run or {}))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Have all steps on disk, whatever happens to the machine."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _line(row: dict[str, Any], run: dict[str, Any]) -> str:
+    return json.dumps({**row, "run": run} if run else row) + "\n"
 
 
 def fingerprint(masters: Masters) -> str:
@@ -86,31 +103,41 @@ def fingerprint(masters: Masters) -> str:
     return digest.hexdigest()
 
 
+def whole_lines(path: str | Path) -> str:
+    """What a log holds but for a line that was cut off.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+        return data[: data.rfind(b"\n") + 1].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the replay log {path} cannot be read: {error}") from error
+
+
 def read_log(path: str | Path) -> ReplayLog:
     """Read a log.
 
     Raises:
         CheckpointError: it cannot be read, is no replay log, or was written with another noise.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"the replay log {path} cannot be read: {error}") from error
-    rows = [_parse(path, number, line) for number, line in enumerate(lines[:-1], start=1)]  # what follows is cut off
+    rows = [_parse(path, number, line) for number, line in enumerate(whole_lines(path).split("\n")[:-1], start=1)]
     if not rows or rows[0].get("horizon_replay") != FORMAT:
         raise CheckpointError(f"{path} is no replay log of format {FORMAT}: its first line does not say so")
     header = rows[0]
     if header.get("noise") != VERSION:
         raise CheckpointError(f"{path} was written with noise {header.get('noise')!r}, this version draws {VERSION!r}")
-    names = {field.name for field in dataclasses.fields(ZerothOrder)}
+    names = {item.name for item in dataclasses.fields(ZerothOrder)}
     try:
         settings = ZerothOrder(**{name: header[name] for name in names})
         records = [_record(row) for row in rows[1:]]
         beginning = Beginning(header["fingerprint"], tuple(header["freeze"]), settings, header["model"])
+        run = {**header.get("run", {}), **rows[-1].get("run", {})}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a line lacks something or holds something else ({error!r})") from error
     _check_records(path, records, settings)
-    return ReplayLog(beginning, records)
+    return ReplayLog(beginning, records, run)
 
 
 def _parse(path: str | Path, number: int, line: str) -> dict[str, Any]:
@@ -142,10 +169,10 @@ def check_log(log: ReplayLog, beginning: Beginning, path: str | Path) -> None:
         CheckpointError: naming what differs.
     """
     theirs = log.beginning
-    for field in dataclasses.fields(ZerothOrder):
-        found, expected = getattr(theirs.settings, field.name), getattr(beginning.settings, field.name)
-        if field.name not in SCHEDULING and found != expected:
-            raise CheckpointError(f"{path} was written with {field.name}={found}, the engine has {expected}")
+    for name in (item.name for item in dataclasses.fields(ZerothOrder)):
+        found, expected = getattr(theirs.settings, name), getattr(beginning.settings, name)
+        if name not in SCHEDULING and found != expected:
+            raise CheckpointError(f"{path} was written with {name}={found}, the engine has {expected}")
     if theirs.fingerprint != beginning.fingerprint:
         raise CheckpointError(
             f"{path} belongs to a run that began with other weights (model {theirs.model!r}), or with other parameters "

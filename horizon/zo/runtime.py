@@ -53,7 +53,7 @@ from horizon.zo.measure import check_eps, measure_working_set
 from horizon.zo.perturb import make_perturber
 from horizon.zo.plan import WorkingSet, ZerothOrderNeeds, choose_rows, least_traffic, plan_memory, with_activations
 from horizon.zo.relu import fuse_relu
-from horizon.zo.replay import Beginning, ReplayWriter, check_log, fingerprint, read_log
+from horizon.zo.replay import Beginning, ReplayLog, ReplayWriter, check_log, fingerprint, read_log
 from horizon.zo.settings import ZerothOrder
 from horizon.zo.slots import MasterSlots
 
@@ -153,12 +153,15 @@ class ZerothOrderRuntime:
         if self._log is not None:
             self._log.write(record)
 
+    @property
+    def log(self) -> ReplayLog:
+        """See `Engine.replay_log`."""
+        return ReplayLog(self.beginning, self.records)
+
     def log_steps(self, path: Path, model: str) -> None:
         """See `Engine.log_steps`."""
         self._close_log()
-        self._log = ReplayWriter(path, replace(self.beginning, model=model))
-        for record in self.records:
-            self._log.write(record)
+        self._log = ReplayWriter(path, ReplayLog(replace(self.beginning, model=model), self.records).text())
 
     def replay(self, path: Path) -> int:
         """See `Engine.replay`."""

@@ -39,9 +39,9 @@ def states(engine):
     runtime = engine._runtime
     runtime.wait_for_updates()
     return {
-        (block, name): tensor.clone().view(torch.uint8)
+        (block, name): runtime.store.read_state(name, block).view(torch.uint8)
         for block in range(len(runtime.model.layouts))
-        for name, tensor in runtime.store.states(block).items()
+        for name in runtime.store.states(block)
     }
 
 

@@ -116,7 +116,7 @@ def test_two_processes_do_not_write_the_same_checkpoint(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    message = rf"another run \(process {os.getpid()}\) writes checkpoints to"
+    message = rf"another run \(process {os.getpid()}\) writes to"
     with FolderLock(tmp_path), pytest.raises(CheckpointError, match=message):
         FolderLock(tmp_path)
     with FolderLock(tmp_path):

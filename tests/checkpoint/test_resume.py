@@ -1,11 +1,13 @@
 """A run that was interrupted and the one that was not are the same run, bit for bit."""
 
 import math
+import threading
 
 import pytest
 import torch
 
 import horizon
+from horizon.checkpoint.snapshot import Snapshot
 from horizon.errors import CheckpointError, HorizonError
 from tests.checkpoint.engines import DROPOUT, LLAMA, build, equal, load, make_batch, states, train
 
@@ -17,11 +19,18 @@ SETTINGS = {
     "lagged": {"clip": "lagged", "max_grad_norm": 0.7},
     "bf16 moments": {"optimizer": horizon.AdamW(lr=1e-2, moments="bfloat16")},
     "int8 moments": {"optimizer": horizon.AdamW(lr=1e-2, moments="int8")},
+    "bf16 masters": {"optimizer": horizon.AdamW(lr=1e-2, master="bf16_stochastic")},
+    "bf16 masters, int8 moments": {
+        "optimizer": horizon.AdamW(lr=1e-2, master="bf16_stochastic", moments="int8"),
+        "max_grad_norm": None,
+        "seed": 7,
+    },
     "in hbm": {"memory": horizon.MemoryConfig(hbm_blocks=3)},
     "in hbm, no clipping": {"memory": horizon.MemoryConfig(hbm_blocks=3), "max_grad_norm": None},
     "frozen": {"freeze": ["model.embed_tokens.*", "*.q_proj.weight"]},
     "bf16 compute": {"compute_dtype": "bfloat16"},
     "dropout": {"model": DROPOUT},
+    "eager attention": {"model": {**LLAMA, "attn_implementation": "eager"}, "compute_dtype": "bfloat16"},
 }
 
 
@@ -40,6 +49,31 @@ def test_it_goes_on_as_if_nothing_had_happened(settings, tmp_path):
         assert engine.num_steps == 3
         assert train(engine, 4, 9) == expected
         assert equal(states(engine), final)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None], ids=["exact", "no clipping"])
+@pytest.mark.parametrize("hbm_blocks", [0, 2, 5])
+def test_every_block_is_set_aside_by_its_update_where_no_thread_comes_first(
+    tmp_path, monkeypatch, hbm_blocks, max_grad_norm
+):
+    copy_all, trained = Snapshot.copy_all, threading.Event()
+
+    def late(snapshot, num_threads):
+        trained.wait(30)
+        copy_all(snapshot, num_threads)
+
+    memory = horizon.MemoryConfig(hbm_blocks=hbm_blocks)
+    with build(optimizer=horizon.AdamW(lr=1e-2), memory=memory, max_grad_norm=max_grad_norm) as engine:
+        train(engine, 1, 2)
+        expected = states(engine)
+        monkeypatch.setattr(Snapshot, "copy_all", late)
+        save = engine.save_checkpoint(tmp_path / "saved")
+        train(engine, 3, 4)
+        trained.set()
+        save.wait()
+    with load(tmp_path / "saved", optimizer=horizon.AdamW(lr=1e-2)) as engine:
+        assert engine.num_steps == 2
+        assert equal(states(engine), expected)
 
 
 def test_a_live_engine_goes_back_and_on_again(tmp_path):

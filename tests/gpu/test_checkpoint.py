@@ -30,7 +30,7 @@ def arrays_now(streamed):
     for array in list_arrays(runtime.model.layouts, Moments(runtime.optimizer.moments)):
         numel = torch.Size(array.spec.shape).numel()
         span = slice(array.start, array.start + numel)
-        parts = [runtime.store.states(array.block)[name][span].cpu() for name in array.states]
+        parts = [runtime.store.read_state(name, array.block)[span] for name in array.states]
         flat = join_master(*parts) if len(parts) == 2 else parts[0].clone()
         found[array.spec.name, array.spec.kind] = flat.view(array.spec.shape)
     return found
@@ -54,6 +54,27 @@ def test_what_is_saved_while_training_goes_on_is_the_state_of_that_moment(tmp_pa
                 assert torch.equal(checkpoint.read(name, kind), value), (name, kind)
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize("policy", ["nvme_optimizer", "nvme_all"])
+@pytest.mark.parametrize("nvme_engine", ["direct", "tensorstore"])
+def test_states_on_nvme_are_saved_while_updates_overwrite_them(tmp_path, policy, nvme_engine, max_grad_norm):
+    memory = horizon.MemoryConfig(policy=policy, nvme_dir=str(tmp_path), nvme_engine=nvme_engine)
+    with engine(build("llama", **LARGER), memory=memory, max_grad_norm=max_grad_norm) as streamed:
+        steps(streamed, 1, 2)
+        expected = arrays_now(streamed)
+        save = streamed.save_checkpoint(tmp_path / "saved")
+        after = steps(streamed, 3, 6)
+        save.wait()
+    checkpoint = Checkpoint(tmp_path / "saved")
+    assert all(torch.equal(checkpoint.read(name, kind), value) for (name, kind), value in expected.items())
+    settings = {"optimizer": horizon.AdamW(lr=1e-2), "device": "cuda", "kernels": "torch", "self_check": False}
+    for where in (memory, horizon.MemoryConfig(policy="dram")):
+        with horizon.Engine.load_checkpoint(
+            tmp_path / "saved", memory=where, max_grad_norm=max_grad_norm, **settings
+        ) as streamed:
+            assert steps(streamed, 3, 6) == pytest.approx(after, rel=1e-4)
+
+
 def test_a_save_right_behind_a_step_waits_for_its_update(tmp_path):
     memory = horizon.MemoryConfig(hbm_blocks=3)
     with engine(build("llama", **LARGER), memory=memory) as streamed:
@@ -67,7 +88,8 @@ def test_a_save_right_behind_a_step_waits_for_its_update(tmp_path):
 
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("after", [0, 6])
-def test_it_goes_on_elsewhere_within_noise(tmp_path, before, after):
+def test_it_goes_on_elsewhere(tmp_path, before, after):
+    """With the kernels that it had: a checkpoint remembers that attention was eager, and placements change no bit."""
     model = build("llama", **LARGER)
     with engine(model, memory=horizon.MemoryConfig(hbm_blocks=before)) as streamed:
         steps(streamed, 1, 3)
@@ -77,7 +99,9 @@ def test_it_goes_on_elsewhere_within_noise(tmp_path, before, after):
     memory = horizon.MemoryConfig(hbm_blocks=after)
     with horizon.Engine.load_checkpoint(tmp_path / "saved", memory=memory, **settings) as streamed:
         assert streamed.num_steps == 3
-        assert steps(streamed, 4, 8) == pytest.approx(expected, rel=2e-3)
+        assert streamed._runtime.model.config._attn_implementation == "eager"
+        found = steps(streamed, 4, 8)
+        assert found == (expected if before == after else pytest.approx(expected, rel=1e-4))
 
 
 def test_saving_takes_no_device_memory(tmp_path):
