@@ -91,7 +91,7 @@ def test_model_config_takes_the_keys_of_any_architecture():
         ("train.steps=abc", "train.steps: Value 'abc' of type 'str' could not be converted to Integer"),
         ("optim.moments=fp8", r"optim.moments: Invalid value 'fp8', expected one of \[float32, bfloat16, int8\]"),
         ("optim.max_grad_norm=high", "optim.max_grad_norm: .*could not be converted to Float"),
-        ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[python_stdlib, text, messages\]"),
+        ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[auto, python_stdlib, text, "),
         ("train.steps=null", "train.steps: field 'train.steps' is not Optional"),
         ("optim=sgd", "Could not find 'optim/sgd'; Available options in 'optim': adamw; mezo"),
         ("a=[", "no viable alternative"),

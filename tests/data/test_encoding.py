@@ -43,6 +43,7 @@ def test_neither_batches_nor_pieces_lose_or_reorder_text(monkeypatch, batch_char
     whole = encode(byte_tokenizer(), documents(*texts))
     monkeypatch.setattr("horizon.data.encoding._BATCH_CHARS", batch_chars)
     monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", piece_chars)
+    monkeypatch.setattr("horizon.data.encoding._UNCUT_CHARS", piece_chars)
     parts = encode(byte_tokenizer(), documents(*texts))
     assert parts.ids.tolist() == whole.ids.tolist()
     assert parts.lengths.tolist() == whole.lengths.tolist() == [len(text.encode()) + 1 for text in texts]
