@@ -90,9 +90,9 @@ def test_two_runs_at_once_make_an_entry_once(tmp_path):
     )
     runs = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], stdout=subprocess.PIPE, cwd=ROOT)
-        for n in range(3)
+        for n in range(2)
     ]
-    assert [run.communicate(timeout=100)[0].strip() for run in runs] == [b"499500"] * 3
+    assert [run.communicate(timeout=100)[0].strip() for run in runs] == [b"499500"] * 2
     assert len(list(tmp_path.glob("made-*"))) == 1
 
 
