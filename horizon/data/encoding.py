@@ -142,15 +142,26 @@ def _encode_batch(tokenizer: PreTrainedTokenizerBase, batch: list[_Piece]) -> li
 def _read_encoding(piece: _Piece, encoding: Any) -> _Encoded:
     if isinstance(encoding, list):
         return encoding, None
-    return encoding.ids, None if piece.spans is None else _inside(encoding.offsets, piece.spans)
+    return encoding.ids, None if piece.spans is None else _inside(encoding, piece)
 
 
-def _inside(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> NDArray[np.bool_]:
-    """Whether each token, given as its (first, last + 1) character, begins inside one of the spans. bool [tokens]"""
-    begins = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
-    edges = np.array(spans, np.int64).reshape(-1)  # begin, end, begin, end, ...
-    mask: NDArray[np.bool_] = np.searchsorted(edges, begins, side="right") % 2 == 1
+def _inside(encoding: Any, piece: _Piece) -> NDArray[np.bool_]:
+    """Whether each token begins inside one of the piece's spans. bool [tokens]"""
+    mask = np.zeros(len(encoding.ids), np.bool_)
+    for start, end in piece.spans or ():
+        first, last = (_first_token(encoding, at, len(piece.text)) for at in (start, end))
+        mask[first:last] = True
     return mask
+
+
+def _first_token(encoding: Any, at: int, num_chars: int) -> int:
+    """The first token that begins at character `at` or later. Asking is much cheaper than a list of all offsets."""
+    while at < num_chars:
+        token: int | None = encoding.char_to_token(at)
+        if token is not None:
+            return token if encoding.token_to_chars(token)[0] >= at else token + 1
+        at += 1  # a character that no token holds
+    return len(encoding.ids)
 
 
 def _piece_chars(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
 from horizon.data.documents import Document
@@ -76,3 +78,13 @@ def test_a_lone_document_is_cut_by_tokens():
     assert cut.lengths.tolist() == [8, 3] and cut.where == ["f0", "f0 (tail)"]
     assert cut.ids.tolist() == tokens.ids.tolist()
     assert tokens.cut(0.1).lengths.tolist() == [11]  # one token would have nothing before it
+
+
+@given(data=st.data())
+def test_trained_tokens_are_those_whose_first_character_is_in_a_span(small_tokenizer, data):
+    text = data.draw(st.text("ab é\n😀del", min_size=1, max_size=30))
+    edges = data.draw(st.lists(st.integers(0, len(text)), max_size=6, unique=True).map(sorted))
+    spans = tuple(zip(edges[::2], edges[1::2], strict=False))
+    offsets = small_tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    expected = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
+    assert encode(small_tokenizer, [Document("f", text, spans)]).trained.tolist() == expected
