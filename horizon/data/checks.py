@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from horizon.config.schema import DataConfig, DataFormat
+from collections.abc import Sequence
+
+from horizon.config.schema import DataConfig, DataFormat, FieldNames, TrainOn
+from horizon.data.samples import CONVERSATIONS
 from horizon.errors import ConfigError
 
 
@@ -42,6 +45,10 @@ def _check_mixture(data: DataConfig) -> None:
         if data.sources:
             raise ConfigError(f"data.sources are not read by data.format={data.format}; set data.format=mixture")
         return
+    if data.subset is not None or data.split != "train" or data.fields != FieldNames():
+        raise ConfigError(
+            "data.subset, data.split and data.fields are not read by data.format=mixture; give them to a source"
+        )
     if not data.sources:
         raise ConfigError("data.format=mixture needs data.sources, a list of {path: ..., weight: ...}")
     weights = [source.weight for source in data.sources]
@@ -51,3 +58,13 @@ def _check_mixture(data: DataConfig) -> None:
         raise ConfigError(f"data.sources have the weights {weights}: give each source one, or none")
     if any(source.format is DataFormat.mixture for source in data.sources):
         raise ConfigError("data.sources: a source cannot be a mixture itself")
+
+
+def check_train_on(data: DataConfig, kinds: Sequence[DataFormat]) -> None:
+    """Refuse to choose turns where no source has any.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if data.train_on is not TrainOn.assistant and not CONVERSATIONS & set(kinds):
+        raise ConfigError(f"data.train_on={data.train_on} is for conversations, and the data are {', '.join(kinds)}")

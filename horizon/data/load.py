@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from horizon.config.schema import DataConfig, DataFormat, HorizonConfig
 from horizon.data.cache import TokenCache, Tokenized, cache_folder, tokenizer_hash
 from horizon.data.chat import INSTRUCTIONS, ChatRenderer
-from horizon.data.checks import check_data_settings
+from horizon.data.checks import check_data_settings, check_train_on
 from horizon.data.documents import Document, decode_text, read_bytes
 from horizon.data.encoding import Tokens, encode, frame
 from horizon.data.pieces import LengthCounts, Pieces, cut
 from horizon.data.rows import Rows, Source, join, pack, pad
-from horizon.data.samples import Sample
+from horizon.data.samples import CONVERSATIONS, Sample
 from horizon.data.skipping import BadRecords
-from horizon.data.sources import CONVERSATIONS, OpenSource, open_sources, open_validation
+from horizon.data.sources import OpenSource, open_sources, open_validation
 from horizon.data.tokenizer import given_tokenizer, train_tokenizer
 from horizon.errors import DataError
 from horizon.models.hf_config import load_config
@@ -97,6 +97,7 @@ def load_data(
         )
     sources = open_sources(data)
     validation = None if data.validation_path is None else open_validation(data)
+    check_train_on(data, [source.kind for source in sources])
     reader = _Reader(data, seed)
     if tokenizer is None:
         tokenizer = reader.trained_tokenizer(sources)

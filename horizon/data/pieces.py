@@ -39,7 +39,7 @@ class LengthCounts:
         if self.lost_tokens:
             said[-1] += f" ({self.lost_tokens:,} tokens lost)"
         if self.untrained:
-            said.append(f"{self.untrained:,} left out for nothing in them is trained")
+            said.append(f"{self.untrained:,} pieces without a trained token left out")
         return ", ".join(said)
 
 

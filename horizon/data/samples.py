@@ -20,6 +20,7 @@ from horizon.data.documents import Document
 from horizon.data.tables import Record
 from horizon.errors import DataError
 
+CONVERSATIONS = frozenset({DataFormat.instruction, DataFormat.messages, DataFormat.sharegpt})
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SENDERS = {  # of sharegpt -> role

@@ -14,12 +14,11 @@ from horizon.data import documents, hub
 from horizon.data.cache import content_hash
 from horizon.data.encoding import Tokens
 from horizon.data.pretokenized import EXTENSIONS, read_tokens, token_files
-from horizon.data.samples import Sample, detect, sample_reader
+from horizon.data.samples import CONVERSATIONS, Sample, detect, sample_reader
 from horizon.data.skipping import BadRecords
 from horizon.data.tables import TABLES, Record, read_records
 from horizon.errors import ConfigError, DataError
 
-CONVERSATIONS = frozenset({DataFormat.instruction, DataFormat.messages, DataFormat.sharegpt})
 _RECORDS = CONVERSATIONS | {DataFormat.text_field}
 
 
@@ -132,6 +131,8 @@ def _open(source: SourceConfig, key: str, streaming: bool) -> OpenSource:
         opened = replace(opened, dataset=hub.HubDataset(source.path, source.subset, source.split, streaming))
     else:
         opened = replace(opened, files=tuple(_files(source.path, source.format, key)))
+        if source.subset is not None or source.split != "train":
+            raise ConfigError(f"{key}={source.path} is read as files, which have no subset and no split: set neither")
     kind = _kind(opened, key)
     what = {DataFormat.text: "text", DataFormat.text_field: "texts"}.get(kind, str(kind))
     return replace(opened, kind=kind, description=f"{what} in {source.path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from horizon.config.schema import DataConfig, DataFormat, FieldNames, OnBadData, TrainOn
+from horizon.config.schema import DataConfig, DataFormat, FieldNames, OnBadData
 from horizon.data import cache, load, load_data
 from horizon.data.cache import TokenCache, Tokenized, content_hash
 from horizon.data.encoding import Tokens
@@ -150,7 +150,7 @@ def test_a_run_uses_what_another_tokenized_until_text_tokenizer_or_settings_chan
     assert run(validation_fraction=0.5)[0] == run(packing=False)[0] == 0
     for settings in (
         {"fields": FieldNames(text="body")}, {"tokenizer": "train", "vocab_size": 260}, {"max_bytes": 30},
-        {"on_error": OnBadData.skip}, {"train_on": TrainOn.all}, {"format": DataFormat.text},
+        {"on_error": OnBadData.skip}, {"format": DataFormat.text},
     ):  # fmt: skip
         assert run(**settings)[0] == 1, settings
         assert run(**settings)[0] == 0, settings

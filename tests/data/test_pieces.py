@@ -38,7 +38,7 @@ def test_pieces_without_a_trained_token_are_left_out_and_counted():
     pieces = cut(make_tokens([2, 1, 4], trained), np.ones(3, bool), 3, TooLong.split)
     assert runs(pieces) == [(3, 3)] and pieces.trained.tolist() == [1]
     assert pieces.counts.untrained == 3
-    assert str(pieces.counts) == "1 split, 3 left out for nothing in them is trained"
+    assert str(pieces.counts) == "1 split, 3 pieces without a trained token left out"
 
 
 def test_counts_say_what_was_lost():

@@ -192,6 +192,7 @@ def test_a_validation_path_of_a_mixture_is_a_source_of_its_own(mixture, tmp_path
         ({"sources": [SourceConfig(path="a", format=DataFormat.mixture)]}, r"a source cannot be a mixture itself"),
         ({"sources": [SourceConfig(path="no/such/file")]}, r"data\.sources\[0\]\.path=no/such/file does not exist"),
         ({"format": DataFormat.text, "path": "/tmp"}, r"data\.sources are not read by data\.format=text"),
+        ({"split": "test"}, r"data\.fields are not read by data\.format=mixture; give them to a source"),
         ({"streaming": True}, r"data\.streaming=true reads the beginning of a dataset: set data\.max_bytes"),
     ],
 )  # fmt: skip
@@ -213,6 +214,20 @@ def test_a_lone_text_is_divided_near_its_end(tmp_path):
     head, tail = ([n for row in range(len(rows)) for n in rows.ids(row)] for rows in (data.train, data.validation))
     assert data.tokenizer.decode(head).startswith("line 100") and "line 199" in data.tokenizer.decode(tail)
     assert abs(len(tail) - 180) <= 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_on": TrainOn.last}, r"data\.train_on=last is for conversations, and the data are text"),
+        ({"subset": "en"}, r"is read as files, which have no subset and no split"),
+        ({"split": "test"}, r"is read as files, which have no subset and no split"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path, settings, message):
+    (tmp_path / "f.txt").write_text("abc")
+    with pytest.raises(ConfigError, match=message):
+        load(path=str(tmp_path / "f.txt"), format=DataFormat.auto, **settings)
 
 
 def test_too_little_to_hold_out_leaves_validation_empty(tmp_path):
