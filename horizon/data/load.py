@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from horizon.config.schema import DataConfig, DataFormat, HorizonConfig
-from horizon.data.cache import TokenCache, Tokenized, cache_folder, tokenizer_hash
-from horizon.data.chat import INSTRUCTIONS, ChatRenderer
+from horizon.config.schema import DataConfig, HorizonConfig
+from horizon.data.cache import Tokenized
 from horizon.data.checks import check_data_settings, check_train_on
-from horizon.data.documents import Document, decode_text, read_bytes
-from horizon.data.encoding import Tokens, encode, frame
+from horizon.data.documents import decode_text, read_bytes
+from horizon.data.encoding import Tokens
 from horizon.data.pieces import LengthCounts, Pieces, cut
+from horizon.data.reading import Reader, choose_held_out
 from horizon.data.rows import Rows, Source, join, pack, pad
-from horizon.data.samples import CONVERSATIONS, Sample
-from horizon.data.skipping import BadRecords
 from horizon.data.sources import OpenSource, open_sources, open_validation
-from horizon.data.tokenizer import given_tokenizer, train_tokenizer
+from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import DataError
 from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource
@@ -98,7 +95,7 @@ def load_data(
     sources = open_sources(data)
     validation = None if data.validation_path is None else open_validation(data)
     check_train_on(data, [source.kind for source in sources])
-    reader = _Reader(data, seed)
+    reader = Reader(data, seed)
     if tokenizer is None:
         tokenizer = reader.trained_tokenizer(sources)
     if data.chat_template is not None:
@@ -107,118 +104,19 @@ def load_data(
     maker = _RowMaker(data, seq_len, seed, tokenizer, vocab_limit)
     reports = [maker.report(source, reader.tokenized(source, tokenizer)) for source in sources]
     train = maker.rows([(report, report.train) for report in reports])
-    if not len(train):
-        raise DataError(
-            f"{'; '.join(source.description for source in sources)}: nothing to train on, no token of "
-            f"train.seq_len={seq_len} rows has a label"
-        )
-    if validation is None:
-        scored, line = reports, f"none (data.validation_fraction={data.validation_fraction} of the text holds nothing)"
-    else:
-        found = maker.report(validation, reader.tokenized(validation, tokenizer), all_held_out=True)
-        scored, line = [found], ""
+    _check_trained(reports, seq_len)
+    scored = reports
+    if validation is not None:
+        scored = [maker.report(validation, reader.tokenized(validation, tokenizer), all_held_out=True)]
     held_out = maker.rows([(report, report.validation) for report in scored])
-    if len(held_out):
-        line = _count_line(sum((report.validation.counts for report in scored), LengthCounts()), held_out)
-    elif validation is not None:
+    if validation is not None and not len(held_out):
         raise DataError(f"data.validation_path={data.validation_path}: no token has a label, nothing to score")
-    elif any(report.validation.counts.documents for report in reports):
-        line = "none (no token of the held-out text has a label)"
     lines = [*(_source_line(report, len(sources) > 1) for report in reports), f"tokenizer of {len(tokenizer)} entries"]
-    counts = sum((report.train.counts for report in reports), LengthCounts())
-    summary = f"{'; '.join(lines)}\ntrain: {_count_line(counts, train)}\nvalidation: {line}"
+    summary = (
+        f"{'; '.join(lines)}\ntrain: {_count_line([report.train for report in reports], train)}\n"
+        f"validation: {_count_line([report.validation for report in scored], held_out)}"
+    )
     return TextData(tokenizer, train, held_out if len(held_out) else None, summary, tuple(reports))
-
-
-class _Reader:
-    """Reads sources into tokens, by way of the cache."""
-
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        self._data, self._seed = data, seed
-        self._cache = TokenCache(cache_folder(data.cache))
-        self._read: dict[str, tuple[list[Sample], BadRecords]] = {}  # what a tokenizer was trained on, by source
-
-    def trained_tokenizer(self, sources: Sequence[OpenSource]) -> PreTrainedTokenizerBase:
-        """One trained on the texts, but for those that are held out."""
-        texts = []
-        for source in sources:
-            if source.kind is DataFormat.tokens or source.kind in CONVERSATIONS:
-                what = "a chat template" if source.kind in CONVERSATIONS else "the entries that its ids mean"
-                raise DataError(
-                    f"data.format={source.kind} needs a tokenizer with {what}, and the model's folder has no "
-                    "tokenizer; set data.tokenizer to a tokenizer's folder"
-                )
-            samples, _ = self._read[source.name] = self._samples(source)
-            texts += _seen_texts([s for s in samples if isinstance(s, Document)], self._data, self._seed)
-        return train_tokenizer(texts, self._data.vocab_size, self._seed)
-
-    def tokenized(self, source: OpenSource, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-        """The tokens of a source."""
-        data = self._data
-        if source.kind is DataFormat.tokens:
-            return Tokenized(source.tokens())
-        facts = {
-            "content": source.content,
-            "kind": source.kind,
-            "fields": asdict(source.fields),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "train_on": data.train_on,
-            "on_error": data.on_error,
-            "max_bytes": 0 if data.max_bytes is None else [data.max_bytes, data.streaming or self._seed],
-        }
-        return self._cache.get(facts, lambda: self._encoded(source, tokenizer))
-
-    def _encoded(self, source: OpenSource, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-        samples, bad = self._read.pop(source.name) if source.name in self._read else self._samples(source)
-        if source.kind in CONVERSATIONS:
-            tokens = encode(tokenizer, _rendered(samples, _renderer(source, tokenizer, self._data), bad))
-        else:
-            texts = [sample for sample in samples if isinstance(sample, Document)]
-            tokens = encode(tokenizer, texts, sum(len(document.text) for document in texts))
-        if not len(tokens.lengths):
-            raise DataError(f"{source.description}: all {bad.count} records were left out, the first: {bad.first}")
-        return Tokenized(tokens, bad.count, bad.first)
-
-    def _samples(self, source: OpenSource) -> tuple[list[Sample], BadRecords]:
-        bad = BadRecords(self._data.on_error)
-        return source.samples(bad, self._data.max_bytes, self._seed, head=self._data.streaming), bad
-
-
-def _seen_texts(found: Sequence[Document], data: DataConfig, seed: int) -> list[str]:
-    """What is not held out; of a lone text, the beginning."""
-    fraction = 0.0 if data.validation_path is not None else data.validation_fraction
-    if len(found) == 1:
-        text = found[0].text
-        return [text[: len(text) - int(len(text) * fraction)]]
-    hidden = held_out(len(found), fraction, seed)
-    return [document.text for document, hide in zip(found, hidden, strict=True) if not hide]
-
-
-def _renderer(source: OpenSource, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatRenderer:
-    if source.kind is DataFormat.instruction and not tokenizer.chat_template:
-        begin = "{{ bos_token }}" if frame(tokenizer)[0] and tokenizer.bos_token else ""
-        return ChatRenderer(tokenizer, data.train_on, template=begin + INSTRUCTIONS)
-    return ChatRenderer(tokenizer, data.train_on)
-
-
-def _rendered(samples: Sequence[Sample], renderer: ChatRenderer, bad: BadRecords) -> Iterator[Document]:
-    for sample in samples:
-        assert not isinstance(sample, Document)
-        try:
-            document = renderer.render(sample)
-        except DataError as error:
-            bad.note(error)
-            continue
-        yield document
-
-
-def held_out(num_documents: int, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which documents are kept for validation, by seed; at least one on each side when there are two to divide."""
-    hidden = np.zeros(num_documents, np.bool_)
-    if fraction > 0 and num_documents > 1:
-        num_hidden = min(max(1, round(num_documents * fraction)), num_documents - 1)
-        hidden[np.random.default_rng(seed).permutation(num_documents)[:num_hidden]] = True
-    return hidden
 
 
 class _RowMaker:
@@ -247,7 +145,7 @@ class _RowMaker:
             tokens = tokens.cut(fraction)
             hidden = np.arange(len(tokens.lengths)) > 0
         else:
-            hidden = held_out(len(tokens.lengths), fraction, self._seed)
+            hidden = choose_held_out(len(tokens.lengths), fraction, self._seed)
         train, validation = (cut(tokens, side, self._seq_len, self._data.too_long) for side in (~hidden, hidden))
         return SourceReport(source, replace(made, tokens=tokens), train, validation)
 
@@ -274,6 +172,16 @@ class _RowMaker:
         )
 
 
+def _check_trained(reports: Sequence[SourceReport], seq_len: int) -> None:
+    """Refuse sources of which no token would be trained, all of them or one that has a weight."""
+    without = [report.source for report in reports if not len(report.train.starts)]
+    if len(without) == len(reports) or any(source.weight is not None for source in without):
+        raise DataError(
+            f"{'; '.join(source.description for source in without)}: nothing to train on, no token of "
+            f"train.seq_len={seq_len} rows has a label"
+        )
+
+
 def _source_line(report: SourceReport, named: bool) -> str:
     made, source = report.tokenized, report.source
     name = f"{source.name}: " if named else ""
@@ -282,8 +190,11 @@ def _source_line(report: SourceReport, named: bool) -> str:
     return f"{name}{source.description}{reused}{skipped}"
 
 
-def _count_line(counts: LengthCounts, rows: Rows) -> str:
-    """Documents, tokens and rows, and what was lost on the way."""
+def _count_line(sides: Sequence[Pieces], rows: Rows) -> str:
+    """Documents, tokens and rows of some sources, and what was lost on the way."""
+    counts = sum((pieces.counts for pieces in sides), LengthCounts())
+    if not len(rows):
+        return "none (no token of them has a label)" if counts.documents else "none (nothing is held out)"
     num_tokens = int(rows.num_tokens.sum())
     padding = 1 - num_tokens / (len(rows) * rows.seq_len)
     said = f"; {counts}" if str(counts) else ""

@@ -1,17 +1,14 @@
 import json
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from horizon.config.schema import DataConfig, DataFormat, FieldNames, OnBadData
-from horizon.data import cache, load, load_data
+from horizon.data import cache, load_data, reading
 from horizon.data.cache import TokenCache, Tokenized, content_hash
 from horizon.data.encoding import Tokens
-
-ROOT = Path(__file__).parents[2]
 
 
 def tokenized(trained=(True, False, True)):
@@ -75,25 +72,23 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_stops_nothing(tmp_pat
     assert "nothing is kept" in caplog.text
 
 
-def test_two_runs_at_once_make_an_entry_once(tmp_path):
-    code = (
-        "import sys, time, numpy as np\n"
-        "from pathlib import Path\n"
-        "from horizon.data.cache import TokenCache, Tokenized\n"
-        "from horizon.data.encoding import Tokens\n"
-        "folder = Path(sys.argv[1])\n"
-        "def make():\n"
-        "    (folder / f'made-{sys.argv[2]}').touch()\n"
-        "    time.sleep(0.3)\n"
-        "    return Tokenized(Tokens(np.arange(1000), np.ones(1000, bool), np.array([1000]), ['a']))\n"
-        "print(TokenCache(folder / 'cache').get({'a': 1}, make).tokens.ids.sum())\n"
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], stdout=subprocess.PIPE, cwd=ROOT)
-        for n in range(2)
-    ]
-    assert [run.communicate(timeout=100)[0].strip() for run in runs] == [b"499500"] * 2
-    assert len(list(tmp_path.glob("made-*"))) == 1
+def test_of_two_runs_at_once_the_second_waits_for_what_the_first_makes(tmp_path):
+    found, calls = [], []
+
+    def second():
+        found.append(TokenCache(tmp_path).get({"a": 1}, lambda: calls.append("second") or tokenized()))
+
+    def make():
+        calls.append("first")
+        other.start()
+        other.join(timeout=0.5)  # it opens the lock's file itself, as another process would
+        assert other.is_alive() and not found
+        return tokenized()
+
+    other = threading.Thread(target=second)
+    TokenCache(tmp_path).get({"a": 1}, make)
+    other.join(timeout=60)
+    assert calls == ["first"] and found[0].reused and found[0].tokens.ids.tolist() == [0, 1, 2]
 
 
 def test_content_is_what_the_files_hold_and_where_each_ends(tmp_path):
@@ -111,13 +106,13 @@ def test_content_is_what_the_files_hold_and_where_each_ends(tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """How often anything was encoded."""
-    calls, encode = [], load.encode
+    calls, encode = [], reading.encode
 
     def counted(*args, **kwargs):
         calls.append(1)
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(load, "encode", counted)
+    monkeypatch.setattr(reading, "encode", counted)
     return calls
 
 

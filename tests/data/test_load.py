@@ -5,7 +5,7 @@ import pytest
 
 from horizon.config.schema import DataConfig, DataFormat, TooLong
 from horizon.data import Loader, load_data
-from horizon.data.load import held_out
+from horizon.data.reading import choose_held_out
 from horizon.errors import ConfigError, DataError
 
 
@@ -106,9 +106,9 @@ def test_held_out_lines_without_a_label_leave_validation_out(tmp_path, chat_fold
     file.write_text(file.read_text() + json.dumps({"messages": long_question}))
     config = DataConfig(format=DataFormat.messages, path=str(file), validation_fraction=0.5, too_long=TooLong.truncate)
     # Line 2 is cut before its answer; the seed that holds it out leaves nothing to score.
-    seed = next(seed for seed in range(20) if held_out(2, 0.5, seed).tolist() == [False, True])
+    seed = next(seed for seed in range(20) if choose_held_out(2, 0.5, seed).tolist() == [False, True])
     data = load_data(config, seq_len=48, seed=seed, model_folder=chat_folder)
-    assert data.validation is None and "no token of the held-out text has a label" in data.summary
+    assert data.validation is None and "validation: none (no token of them has a label)" in data.summary
     file.write_text(json.dumps({"messages": long_question}))
     config.path, config.validation_path = write_chats(tmp_path / "train.jsonl", 2), str(file)
     with pytest.raises(DataError, match=r"data.validation_path=.*c\.jsonl: no token has a label"):

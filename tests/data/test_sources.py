@@ -201,6 +201,16 @@ def test_mixtures_that_cannot_work_are_named(mixture, settings, message):
         load(**{**mixture, **settings})
 
 
+def test_a_source_with_a_weight_that_leaves_nothing_to_train_on_is_named(mixture):
+    mixture["too_long"] = TooLong.truncate
+    with pytest.raises(DataError, match=r"messages in .*chats\.jsonl: nothing to train on, no token of"):
+        load(**mixture, seq_len=8)
+    for source in mixture["sources"]:
+        source.weight = None
+    data = load(**mixture, seq_len=8)
+    assert set(data.train.source.tolist()) == {1}
+
+
 def test_sources_need_names_of_their_own(mixture):
     for source in mixture["sources"]:
         source.name = "same"
