@@ -108,7 +108,7 @@ def load_data(
     scored = reports
     if validation is not None:
         scored = [maker.report(validation, reader.tokenized(validation, tokenizer), all_held_out=True)]
-    held_out = maker.rows([(report, report.validation) for report in scored])
+    held_out = maker.rows([(report, report.validation) for report in scored]).spread()  # a run may score only some
     if validation is not None and not len(held_out):
         raise DataError(f"data.validation_path={data.validation_path}: no token has a label, nothing to score")
     lines = [*(_source_line(report, len(sources) > 1) for report in reports), f"tokenizer of {len(tokenizer)} entries"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -95,12 +95,24 @@ class Rows:
 
     def select(self, chosen: NDArray[np.bool_]) -> Rows:
         """Only the rows where `chosen` (bool [rows]) is true."""
-        counts = self._num_pieces
-        kept = np.repeat(chosen, counts)
-        return Rows(
-            self.sources, self.source[chosen], np.cumsum(counts[chosen]), self.starts[kept], self.lengths[kept],
-            self.trained[kept], self.seq_len, self.pad_id, self.packed,
+        return self.take(np.flatnonzero(chosen))
+
+    def take(self, rows: Numbers) -> Rows:
+        """These rows, in this order."""
+        counts = self._num_pieces[rows]
+        pieces = _ranges(self.ends[rows] - counts, counts)
+        return replace(
+            self, source=self.source[rows], ends=np.cumsum(counts), starts=self.starts[pieces],
+            lengths=self.lengths[pieces], trained=self.trained[pieces],
         )  # fmt: skip
+
+    def spread(self) -> Rows:
+        """The same rows in an order of which every beginning has about as much of each source as the whole."""
+        place = np.zeros(len(self))
+        for index in range(len(self.sources)):
+            here = self.source == index
+            place[here] = (np.arange(here.sum()) + 0.5) / max(1, int(here.sum()))
+        return self.take(np.argsort(place, kind="stable"))
 
     def ids(self, row: int) -> list[int]:
         """The real tokens of one row."""

@@ -151,3 +151,11 @@ def test_the_fingerprint_follows_tokens_labels_rows_and_weights():
     ]
     assert make_rows(pack, make_tokens([4, 2, 3]), 4).fingerprint() == base.fingerprint()
     assert len({base.fingerprint(), *(rows.fingerprint() for rows in others)}) == 7
+
+
+def test_rows_are_taken_in_any_order_and_spread_by_source():
+    rows = make_rows(pack, make_tokens([4, 2, 2, 3]), 4)
+    assert [rows.take(np.array([2, 0])).ids(row) for row in (0, 1)] == [[9, 10, 11], [1, 2, 3, 4]]
+    joined = join([make_rows(pack, make_tokens([4] * size), 4, str(size)) for size in (2, 6)])
+    assert joined.spread().source.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
+    assert sorted(tuple(joined.spread().ids(row)) for row in range(8)) == sorted(tuple(joined.ids(r)) for r in range(8))

@@ -170,6 +170,7 @@ def test_sources_of_a_mixture_keep_their_formats_names_and_rows_apart(mixture):
     assert "text" in trained(data, data.train.of_source(1)) and "yo" not in trained(data, data.train.of_source(1))
     assert trained(data, data.validation.of_source(0)) == "yo<|im_end|>"
     assert "ext" in trained(data, data.validation.of_source(1))
+    assert sorted(data.validation.source[:2]) == [0, 1]  # the beginning, which a run may score alone, has both
     assert "chats.jsonl: messages in" in data.summary and "books: text in" in data.summary
 
 
