@@ -15,7 +15,7 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
-COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
+COMMANDS = ("train", "data", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -25,6 +25,7 @@ Train causal language models that host memory owns and the device only borrows.
 
 commands:
   train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  data         what a run would train on: horizon data preview [key=value ...]
   plan         what a run would use, and how fast: horizon plan [machine=FILE] [key=value ...]; allocates nothing
   doctor       look at this machine: horizon doctor; with --measure, measure it for the plan
   replay       rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
@@ -81,6 +82,10 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         case ["train", *rest]:
             return _train(rest)
+        case ["data", *rest]:
+            from horizon.commands import data
+
+            return data.run(rest)
         case ["plan", *rest]:
             gc.disable()  # for seconds, most of which are imports: looking for garbage would take a fifth of them
             from horizon.commands import plan

@@ -36,7 +36,7 @@ def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int
             raise ConfigError(f"train.sample_prompt={text!r} holds no token")
         return ids
     rows = data.train if data.validation is None else data.validation
-    return [int(token) for token in rows.input_ids[0, : min(PROMPT_TOKENS, int(rows.num_tokens[0]))]]
+    return rows.ids(0)[:PROMPT_TOKENS]
 
 
 def generate(

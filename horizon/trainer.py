@@ -15,10 +15,10 @@ import torch
 from horizon.building import make_optimizer
 from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
-from horizon.data import Loader, TextData, load_data
+from horizon.config.values import with_batch_size
+from horizon.data import Loader, TextData, load_run_data
 from horizon.errors import BudgetError, ConfigError
 from horizon.interrupts import Interrupts
-from horizon.models.hf_config import load_config
 from horizon.models.skeleton import ModelSource, resolve_model
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
@@ -57,7 +57,7 @@ class Trainer:
             ConfigError: a setting has a value that cannot work.
         """
         check_settings(config)
-        self.config = config
+        self.config = with_batch_size(config)
         self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / METRICS_FILE
@@ -82,7 +82,7 @@ class Trainer:
             write_config(self.config, self.output_dir / "config.yaml")
             if model.self_check:  # before anything that takes long
                 self._check_architecture()
-            data = self._load_data(source)
+            data = load_run_data(self.config, source)
             print(data.summary, flush=True)
             self.start.check_data(data_facts(self.config, data.train))
             kept = self.start.step if checkpoints.holds(self.start) else 0
@@ -128,20 +128,6 @@ class Trainer:
         report = check_model(self.config.model)
         if self.config.data.packing and not report.packs:
             raise ConfigError(f"{report.architecture} cannot keep packed documents apart; set data.packing=false")
-
-    def _load_data(self, source: ModelSource | None) -> TextData:
-        trust = self.config.model.trust_remote_code
-        vocab_limit = self.config.model.config.get("vocab_size")
-        if source is not None:
-            vocab_limit = load_config(source.folder, trust).get_text_config().vocab_size
-        return load_data(
-            self.config.data,
-            seq_len=self.config.train.seq_len,
-            seed=self.config.seed,
-            model_folder=None if source is None else source.folder,
-            vocab_limit=vocab_limit,
-            trust_remote_code=trust,
-        )
 
     def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints | RunLog) -> RunSummary:
         train, start = self.config.train, self.start.run

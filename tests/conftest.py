@@ -4,6 +4,14 @@ import torch
 torch.set_num_threads(1)  # the tests run side by side
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """Nothing is kept in, or found in, the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -91,7 +91,7 @@ def test_model_config_takes_the_keys_of_any_architecture():
         ("train.steps=abc", "train.steps: Value 'abc' of type 'str' could not be converted to Integer"),
         ("optim.moments=fp8", r"optim.moments: Invalid value 'fp8', expected one of \[float32, bfloat16, int8\]"),
         ("optim.max_grad_norm=high", "optim.max_grad_norm: .*could not be converted to Float"),
-        ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[python_stdlib, text, messages\]"),
+        ("data.format=csv", r"data.format: Invalid value 'csv', expected one of \[auto, python_stdlib, text, "),
         ("train.steps=null", "train.steps: field 'train.steps' is not Optional"),
         ("optim=sgd", "Could not find 'optim/sgd'; Available options in 'optim': adamw; mezo"),
         ("a=[", "no viable alternative"),
@@ -107,3 +107,12 @@ def test_a_wrong_setting_is_named_on_one_line(override, message):
 def test_a_path_beside_keys_of_a_config_is_refused(override):
     with pytest.raises(ConfigError, match=r"has no use beside model\.path=folder"):
         compose(["model.path=folder", override])
+
+
+def test_tokens_of_a_step_become_rows():
+    assert compose(["train.tokens_per_step=1000", "train.seq_len=256"]).train.batch_size == 3
+    assert compose(["train.tokens_per_step=256", "train.batch_size=9"]).train.batch_size == 1
+    with pytest.raises(ConfigError, match=r"train\.tokens_per_step=255 is less than a row of train\.seq_len=256"):
+        compose(["train.tokens_per_step=255"])
+    with pytest.raises(ConfigError, match=r"train\.tokens_per_step .* data\.packing=false"):
+        compose(["train.tokens_per_step=1000", "data.packing=false"])

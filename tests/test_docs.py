@@ -123,7 +123,11 @@ def commands():
         for block in fenced("bash", page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["horizon"] and words[1] in ("train", "check", "plan") and "--config-dir" not in words:
+                if (
+                    words[:1] == ["horizon"]
+                    and words[1] in ("train", "check", "plan", "data")
+                    and "--config-dir" not in words
+                ):
                     yield pytest.param(words[2:], id=f"{page.name}: {' '.join(words)}")
 
 

@@ -42,6 +42,15 @@ def test_sft_messages_learns_the_answers_and_trains_on_nothing_else(tmp_path, ca
     assert replies and set(replies) <= set(example.FACTS.values())
 
 
+def test_pretrain_folder_lowers_the_held_out_loss_and_leaves_a_model(tmp_path, capsys):
+    before, after = load("pretrain_folder").main(tmp_path, steps=20, device="cpu")
+    assert before == pytest.approx(math.log(257), abs=0.2) and after < before - 1
+    shown = capsys.readouterr().out
+    assert f"text in {tmp_path / 'texts'}" in shown and "rows of 128" in shown
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 def test_gradient_accumulation_gives_one_step_in_three_ways(capsys):
     differences = load("gradient_accumulation").main(device="cpu")
     assert set(differences) == {"one batch", "added up"}

@@ -21,9 +21,12 @@ from horizon.config.schema import (
     LrSchedule,
     ModelConfig,
     OptimConfig,
+    TooLong,
     TrainConfig,
 )
-from horizon.data import Rows
+from horizon.data.encoding import Tokens
+from horizon.data.pieces import cut
+from horizon.data.rows import Source, pad
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
 from horizon.plan.memory import Limits
@@ -258,7 +261,9 @@ def test_a_sample_is_drawn_from_the_likeliest_tokens_and_repeats_with_its_seed()
 
 def test_validation_rows_are_cut_into_micro_batches_in_order():
     ids = np.arange(10, dtype=np.int32).reshape(5, 2)
-    data = SimpleNamespace(validation=Rows(ids, ids, None, np.full(5, 2)))
+    tokens = Tokens(ids.ravel(), np.ones(10, bool), np.full(5, 2), [""] * 5)
+    pieces = cut(tokens, np.ones(5, bool), 2, TooLong.split)
+    data = SimpleNamespace(validation=pad(Source("", tokens), pieces, 2, pad_id=0))
     batches = validation_batches(data, num_rows=4, micro_batch=3)
     assert [batch["input_ids"].tolist() for batch in batches] == [[[0, 1], [2, 3], [4, 5]], [[6, 7]]]
     assert validation_batches(SimpleNamespace(validation=None), 4, 3) == []

@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from horizon.config.machine import MachineFile
 from horizon.config.schema import HorizonConfig
+from horizon.config.values import with_batch_size
 from horizon.errors import ConfigError, HorizonError
 
 CONFIG_NAME = "config"
@@ -131,7 +132,7 @@ def to_config(composed: DictConfig, overrides: Iterable[str]) -> HorizonConfig:
         if unused:
             raise ConfigError(f"{unused[0]} has no use beside model.path={config.model.path}; remove one of the two")
         config.model.config = {}
-    return config
+    return with_batch_size(config)
 
 
 def _register_schema() -> None:

@@ -13,9 +13,32 @@ from typing import Any
 
 # Hydra matches enums by member *name*, so names equal values.
 class DataFormat(StrEnum):
+    auto = "auto"  # told by the names of the files and the fields of the first record
     python_stdlib = "python_stdlib"  # the running interpreter's own library sources
-    text = "text"  # one text file, or a folder of them
-    messages = "messages"  # JSONL, one {"messages": [{"role", "content"}, ...]} a line
+    text = "text"  # every file is one text
+    text_field = "text_field"  # records with a text each
+    instruction = "instruction"  # records with an instruction, perhaps an input, and an output
+    messages = "messages"  # records with a conversation: [{"role", "content"}, ...]
+    sharegpt = "sharegpt"  # the same as [{"from", "value"}, ...]
+    tokens = "tokens"  # token ids in .npy or .bin files
+    mixture = "mixture"  # data.sources, each with a format of its own
+
+
+class TooLong(StrEnum):
+    split = "split"  # type: ignore[assignment]  # a document of more than seq_len tokens goes on in further rows
+    truncate = "truncate"  # its first seq_len tokens
+    drop = "drop"
+
+
+class TrainOn(StrEnum):
+    assistant = "assistant"  # every turn of the assistant
+    last = "last"  # its last turn
+    all = "all"  # the whole conversation
+
+
+class OnBadData(StrEnum):
+    stop = "stop"  # raise, naming file, line, field and reason
+    skip = "skip"  # leave the record out, count it, go on
 
 
 class LrSchedule(StrEnum):
@@ -105,16 +128,58 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class FieldNames:
+    """What the fields of records are called."""
+
+    text: str = "text"
+    instruction: str = "instruction"
+    input: str = "input"  # may be missing
+    output: str = "output"
+    messages: str = "messages"
+    role: str = "role"  # of a message
+    content: str = "content"
+    conversations: str = "conversations"  # of sharegpt
+    sender: str = "from"  # of its messages
+    value: str = "value"
+    tools: str = "tools"  # beside a conversation: the functions that the assistant may call; may be missing
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    path: str  # file, folder, or hub id of a dataset
+    name: str | None = None  # in reports; null: that of the path
+    format: DataFormat = DataFormat.auto
+    weight: float | None = None  # its share of the tokens trained on, beside the others'; null for all: as they are
+    subset: str | None = None  # of a hub dataset
+    split: str = "train"  # of a dataset of the `datasets` library
+    fields: FieldNames = field(default_factory=FieldNames)
+    token_dtype: str = "uint16"  # of .bin files
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     format: DataFormat = DataFormat.python_stdlib
-    path: str | None = None  # file or folder; not used by python_stdlib
-    validation_path: str | None = None  # else validation_fraction of the files (or lines) is held out
+    path: str | None = None  # file, folder, or hub id of a dataset; not used by python_stdlib and mixture
+    sources: list[SourceConfig] = field(default_factory=list)  # of format=mixture
+    fields: FieldNames = field(default_factory=FieldNames)
+    subset: str | None = None  # of a hub dataset
+    split: str = "train"  # of a dataset of the `datasets` library
+    streaming: bool = False  # read the first max_bytes of a hub dataset, and do not download the rest
+    token_dtype: str = "uint16"  # of .bin files
+    validation_path: str | None = None  # else validation_fraction of the documents is held out
     validation_fraction: float = 0.05
-    max_bytes: int | None = None  # read at most so much text (files in seeded order)
+    max_bytes: int | None = None  # read at most so much of each source (files, or records, in seeded order)
+    on_error: OnBadData = OnBadData.stop  # at a record that cannot be read
     tokenizer: str = "auto"  # auto: the model folder's, else one trained on the text | train | bytes | a folder
     vocab_size: int = 4096  # of a trained tokenizer
+    chat_template: str | None = None  # a file of Jinja; null: the tokenizer's own
+    train_on: TrainOn = TrainOn.assistant  # of conversations
+    too_long: TooLong = TooLong.split  # what becomes of documents that no row holds
     packing: bool = True  # several documents to a row, attention kept inside each
     shuffle: bool = True
+    cache: str | None = "auto"  # folder of tokenized text; auto: horizon in the user's cache folder; null: none
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,6 +215,7 @@ class ZeroConfig:
 class TrainConfig:
     steps: int = 400
     batch_size: int = 4  # rows per optimizer step
+    tokens_per_step: int | None = None  # instead of batch_size: as many packed rows as hold so many tokens
     seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
     eval_rows: int = 64  # validation rows scored before and after training; 0: none

@@ -1,10 +1,12 @@
-"""Checks of what a caller hands to the library; what Hydra composes has been checked by its own types."""
+"""Checks of what a caller hands to the library, and settings that follow from others."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
 
 T = TypeVar("T")
@@ -45,3 +47,24 @@ def patterns(value: Any, name: str) -> tuple[str, ...]:
     if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
         raise ConfigError(f"{name}={value!r}: expected a list of name patterns")
     return tuple(value)
+
+
+def with_batch_size(config: HorizonConfig) -> HorizonConfig:
+    """The settings with `train.batch_size` as `train.tokens_per_step`, where it is given, wants it.
+
+    Raises:
+        ConfigError: not even one row has so few tokens, or rows are not packed and hold padding instead.
+    """
+    train = config.train
+    if train.tokens_per_step is None:
+        return config
+    if not config.data.packing:
+        raise ConfigError(
+            "train.tokens_per_step counts the tokens of full rows, and with data.packing=false rows hold padding; set "
+            "train.batch_size instead"
+        )
+    if train.tokens_per_step < train.seq_len:
+        raise ConfigError(
+            f"train.tokens_per_step={train.tokens_per_step} is less than a row of train.seq_len={train.seq_len}"
+        )
+    return replace(config, train=replace(train, batch_size=train.tokens_per_step // train.seq_len))

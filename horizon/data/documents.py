@@ -13,14 +13,12 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from horizon.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 # Folders of the standard library that hold tests, installed packages, or tables rather than code.
 _NOT_LIBRARY_CODE = frozenset(
@@ -55,8 +53,8 @@ def list_stdlib(root: Path) -> list[Path]:
     return files
 
 
-def list_files(path: str, key: str, suffix: str = "") -> list[Path]:
-    """The file at `path`, or every file in that folder whose name ends in `suffix`, sorted; hidden ones are left out.
+def list_files(path: str, key: str, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
+    """The file at `path`, or those in that folder whose names end in one of `suffixes`, sorted; no hidden ones.
 
     `key` names the setting in the error.
 
@@ -68,9 +66,9 @@ def list_files(path: str, key: str, suffix: str = "") -> list[Path]:
         return [root]
     if not root.is_dir():
         raise DataError(f"{key}={path} does not exist; expected a file or a folder")
-    files = [file for file in _walk(root) if file.name.endswith(suffix)]
+    files = [file for file in _walk(root) if file.name.lower().endswith(suffixes)]
     if not files:
-        raise DataError(f"{key}={path} is a folder without {suffix or 'text'} files")
+        raise DataError(f"{key}={path} is a folder without {', '.join(filter(None, suffixes)) or 'text'} files")
     return files
 
 
@@ -105,31 +103,6 @@ def read_documents(files: Sequence[Path], max_bytes: int | None, seed: int) -> l
     if unreadable:
         _LOG.warning("skipped %d of %d files: not text, such as %s", len(unreadable), len(files), unreadable[0])
     return [documents[index] for index in sorted(documents)]
-
-
-def split_documents(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents: whole documents by seed, or the tail of a lone one.
-
-    Validation is empty when `fraction` is 0 or there is too little text to divide.
-    """
-    if len(documents) > 1:
-        return split_items(documents, fraction, seed)
-    (document,) = documents
-    text = document.text
-    cut = len(text) - int(len(text) * fraction)
-    line_end = text.find("\n", cut)
-    cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
-    head, tail = Document(document.where, text[:cut]), Document(f"{document.where} (tail)", text[cut:])
-    return ([head], [tail]) if head.text.strip() and tail.text.strip() else ([document], [])
-
-
-def split_items(items: Sequence[_T], fraction: float, seed: int) -> tuple[list[_T], list[_T]]:
-    """(training, validation) items, each in the order given; at least one each when there are two to divide."""
-    num_validation = max(1, round(len(items) * fraction)) if fraction > 0 and len(items) > 1 else 0
-    num_validation = min(num_validation, len(items) - 1)
-    held_out = set(np.random.default_rng(seed).permutation(len(items))[:num_validation].tolist())
-    train = [item for index, item in enumerate(items) if index not in held_out]
-    return train, [items[index] for index in sorted(held_out)]
 
 
 def decode_text(raw: bytes, where: str, *, cut: bool = False) -> str:

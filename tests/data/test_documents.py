@@ -1,16 +1,11 @@
 import logging
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from horizon.data.documents import (
-    Document,
     list_files,
     list_stdlib,
     read_documents,
-    split_documents,
-    split_items,
     stdlib_folder,
 )
 from horizon.errors import DataError
@@ -49,8 +44,8 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path):
 def test_a_missing_path_and_an_empty_folder_name_the_setting(tmp_path):
     with pytest.raises(DataError, match=r"data.path=.*nowhere does not exist"):
         list_files(str(tmp_path / "nowhere"), "data.path")
-    with pytest.raises(DataError, match=r"data.validation_path=.* is a folder without \.jsonl files"):
-        list_files(str(tmp_path), "data.validation_path", ".jsonl")
+    with pytest.raises(DataError, match=r"data.validation_path=.* is a folder without \.jsonl, \.csv files"):
+        list_files(str(tmp_path), "data.validation_path", (".jsonl", ".csv"))
 
 
 @pytest.mark.parametrize(
@@ -90,33 +85,3 @@ def test_max_bytes_limits_what_is_read_and_the_seed_chooses(tmp_path):
 def test_max_bytes_does_not_cut_a_character_in_two(tmp_path):
     write(tmp_path, f="aé" * 10)
     assert read_documents([tmp_path / "f"], 5, seed=0)[0].text == "aéa"
-
-
-@given(num_items=st.integers(1, 40), fraction=st.floats(0, 0.99), seed=st.integers(0, 5))
-def test_a_split_divides_the_items_and_leaves_none_out(num_items, fraction, seed):
-    items = list(range(num_items))
-    train, validation = split_items(items, fraction, seed)
-    assert sorted(train + validation) == items
-    assert train == sorted(train) and validation == sorted(validation) and train
-    assert bool(validation) == (fraction > 0 and num_items > 1)
-    assert (train, validation) == split_items(items, fraction, seed)
-
-
-def test_the_seed_chooses_the_validation_documents():
-    documents = [Document(str(n), "x") for n in range(40)]
-    splits = [split_documents(documents, 0.1, seed)[1] for seed in (0, 1)]
-    assert [len(split) for split in splits] == [4, 4] and splits[0] != splits[1]
-
-
-def test_a_lone_document_is_split_at_a_line_near_its_end():
-    text = "".join(f"line {n}\n" for n in range(100, 200))
-    (head,), (tail,) = split_documents([Document("f", text)], 0.2, seed=0)
-    assert head.text + tail.text == text
-    assert tail.text.startswith("line 18") and head.text.endswith("\n")
-    assert tail.where == "f (tail)"
-
-
-@pytest.mark.parametrize(("text", "fraction"), [("ab", 0.1), ("text " * 50, 0.0)])
-def test_too_little_to_hold_out_leaves_validation_empty(text, fraction):
-    document = Document("f", text)
-    assert split_documents([document], fraction, seed=0) == ([document], [])

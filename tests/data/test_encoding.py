@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
-from tokenizers import processors
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 
 from horizon.data.documents import Document
 from horizon.data.encoding import encode
@@ -43,6 +45,7 @@ def test_neither_batches_nor_pieces_lose_or_reorder_text(monkeypatch, batch_char
     whole = encode(byte_tokenizer(), documents(*texts))
     monkeypatch.setattr("horizon.data.encoding._BATCH_CHARS", batch_chars)
     monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", piece_chars)
+    monkeypatch.setattr("horizon.data.encoding._UNCUT_CHARS", piece_chars)
     parts = encode(byte_tokenizer(), documents(*texts))
     assert parts.ids.tolist() == whole.ids.tolist()
     assert parts.lengths.tolist() == whole.lengths.tolist() == [len(text.encode()) + 1 for text in texts]
@@ -53,3 +56,35 @@ def test_tokens_that_begin_in_a_span_are_trained():
     tokens = encode(byte_tokenizer(), [Document("f", text, ((1, 3), (3, 5), (9, 11)))])
     assert [text[n] for n in np.flatnonzero(tokens.trained)] == ["b", "c", " ", "d", "h", "i"]
     assert len(tokens.ids) == len(text)
+
+
+def test_long_texts_are_cut_where_no_token_changes(small_tokenizer, monkeypatch):
+    text = "def add(left): 12345 don't\n\n    return left\n\n\nleft\n" * 9 + "return " * 40
+    whole = encode(small_tokenizer, documents(text))
+    monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", 64)
+    assert encode(small_tokenizer, documents(text)).ids.tolist() == whole.ids.tolist()
+
+
+def test_a_tokenizer_that_reads_cut_text_otherwise_is_given_long_pieces(monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", 4)
+    assert tokenizer.decode(encode(tokenizer, documents("one\ntwo\nsix\n")).ids) == "_one\ntwo\nsix\n<|endoftext|>"
+
+
+def test_a_lone_document_is_cut_by_tokens():
+    tokens = encode(byte_tokenizer(), documents("0123456789"))
+    cut = tokens.cut(0.3)
+    assert cut.lengths.tolist() == [8, 3] and cut.where == ["f0", "f0 (tail)"]
+    assert cut.ids.tolist() == tokens.ids.tolist()
+    assert tokens.cut(0.1).lengths.tolist() == [11]  # one token would have nothing before it
+
+
+@given(data=st.data())
+def test_trained_tokens_are_those_whose_first_character_is_in_a_span(small_tokenizer, data):
+    text = data.draw(st.text("ab é\n😀del", min_size=1, max_size=30))
+    edges = data.draw(st.lists(st.integers(0, len(text)), max_size=6, unique=True).map(sorted))
+    spans = tuple(zip(edges[::2], edges[1::2], strict=False))
+    offsets = small_tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    expected = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
+    assert encode(small_tokenizer, [Document("f", text, spans)]).trained.tolist() == expected

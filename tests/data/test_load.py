@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from horizon.config.schema import DataConfig, DataFormat
+from horizon.config.schema import DataConfig, DataFormat, TooLong
 from horizon.data import Loader, load_data
-from horizon.data.documents import split_items
+from horizon.data.reading import choose_held_out
 from horizon.errors import ConfigError, DataError
 
 
@@ -31,14 +31,27 @@ def write_chats(path, num_lines, answer="fine"):
     return str(path)
 
 
+def report_texts(data, side):
+    """The documents of one side, put together from their pieces."""
+    (report,) = data.reports
+    pieces, tokens = getattr(report, side), report.tokenized.tokens
+    runs = [tokens.ids[s : s + n] for s, n in zip(pieces.starts, pieces.lengths, strict=True)]
+    return data.tokenizer.decode(np.concatenate(runs)).split("<|endoftext|>")[:-1]
+
+
 def text_config(path, **settings):
     return DataConfig(format=DataFormat.text, path=str(path), **{"tokenizer": "bytes", **settings})
 
 
 def decoded(data, rows):
     """The rows' real tokens as one text."""
-    parts = [row[:count] for row, count in zip(rows.input_ids, rows.num_tokens, strict=True)]
-    return data.tokenizer.decode(np.concatenate(parts))
+    return data.tokenizer.decode([token for row in range(len(rows)) for token in rows.ids(row)])
+
+
+def trained(data, rows):
+    """What is trained in the rows, as one text."""
+    labels = rows.batch(np.arange(len(rows)))["labels"]
+    return data.tokenizer.decode(labels[labels >= 0])
 
 
 def test_the_standard_library_trains_a_tokenizer_and_fills_rows():
@@ -46,18 +59,19 @@ def test_the_standard_library_trains_a_tokenizer_and_fills_rows():
     data = load_data(config, seq_len=64, seed=0)
     again = load_data(config, seq_len=64, seed=0)
     assert len(data.tokenizer) == 400 and data.validation is not None
-    assert data.train.input_ids.max() < 400
-    assert (data.train.input_ids == again.train.input_ids).all()
-    assert (data.validation.input_ids == again.validation.input_ids).all()
+    assert max(data.train.ids(0)) < 400
+    assert data.train.fingerprint() == again.train.fingerprint()
+    assert data.validation.fingerprint() == again.validation.fingerprint()
     assert "standard library sources" in data.summary and f"{len(data.train):,} rows of 64" in data.summary
     assert "import" in decoded(data, data.train)
 
 
 def test_text_is_all_there_and_divided_by_file(folder):
     data = load_data(text_config(folder, validation_fraction=0.25), seq_len=32, seed=1)
-    train, validation = (decoded(data, rows).split("<|endoftext|>")[:-1] for rows in (data.train, data.validation))
+    train, validation = (report_texts(data, side) for side in ("train", "validation"))
     assert (len(train), len(validation)) == (15, 5)
     assert sorted(train + validation) == sorted(path.read_text() for path in folder.iterdir())
+    assert data.train.num_tokens.sum() == sum(len(text) + 1 for text in train)
 
 
 def test_a_validation_path_takes_the_place_of_the_split(folder, tmp_path):
@@ -69,8 +83,10 @@ def test_a_validation_path_takes_the_place_of_the_split(folder, tmp_path):
 
 
 def test_without_packing_each_document_has_a_row(folder):
-    data = load_data(text_config(folder, packing=False, validation_fraction=0.5), seq_len=8, seed=0)
-    assert data.train.position_ids is None and data.train.input_ids.shape == (10, 8)
+    config = text_config(folder, packing=False, validation_fraction=0.5, too_long=TooLong.truncate)
+    data = load_data(config, seq_len=8, seed=0)
+    assert not data.train.packed and len(data.train) == 10
+    assert "10 truncated" in data.summary
     batch = Loader(data.train, 10, 10, seed=0).next_step()[0]
     assert all(text.startswith("file ") for text in data.tokenizer.batch_decode(batch["input_ids"]))
 
@@ -88,11 +104,11 @@ def test_held_out_lines_without_a_label_leave_validation_out(tmp_path, chat_fold
     long_question = [{"role": "user", "content": "why? " * 50}, {"role": "assistant", "content": "so"}]
     write_chats(file, 1)
     file.write_text(file.read_text() + json.dumps({"messages": long_question}))
-    config = DataConfig(format=DataFormat.messages, path=str(file), validation_fraction=0.5, packing=False)
+    config = DataConfig(format=DataFormat.messages, path=str(file), validation_fraction=0.5, too_long=TooLong.truncate)
     # Line 2 is cut before its answer; the seed that holds it out leaves nothing to score.
-    seed = next(seed for seed in range(20) if split_items([1, 2], 0.5, seed) == ([1], [2]))
+    seed = next(seed for seed in range(20) if choose_held_out(2, 0.5, seed).tolist() == [False, True])
     data = load_data(config, seq_len=48, seed=seed, model_folder=chat_folder)
-    assert data.validation is None and "no token of the held-out text has a label" in data.summary
+    assert data.validation is None and "validation: none (no token of them has a label)" in data.summary
     file.write_text(json.dumps({"messages": long_question}))
     config.path, config.validation_path = write_chats(tmp_path / "train.jsonl", 2), str(file)
     with pytest.raises(DataError, match=r"data.validation_path=.*c\.jsonl: no token has a label"):
@@ -102,9 +118,8 @@ def test_held_out_lines_without_a_label_leave_validation_out(tmp_path, chat_fold
 def test_messages_are_divided_by_line_and_trained_on_answers_only(tmp_path, chat_folder):
     config = DataConfig(format=DataFormat.messages, path=write_chats(tmp_path / "c.jsonl", 10), validation_fraction=0.2)
     data = load_data(config, seq_len=64, seed=0, model_folder=chat_folder)
-    trained = data.train.labels[data.train.labels >= 0]
-    assert data.tokenizer.decode(trained) == "fine<|im_end|>" * 8
-    assert data.tokenizer.decode(data.validation.labels[data.validation.labels >= 0]) == "fine<|im_end|>" * 2
+    assert trained(data, data.train) == "fine<|im_end|>" * 8
+    assert trained(data, data.validation) == "fine<|im_end|>" * 2
 
 
 def test_messages_need_a_tokenizer_with_a_template(tmp_path):
@@ -114,7 +129,8 @@ def test_messages_need_a_tokenizer_with_a_template(tmp_path):
 
 
 def test_nothing_to_train_on_is_named(tmp_path, chat_folder):
-    config = DataConfig(format=DataFormat.messages, path=write_chats(tmp_path / "c.jsonl", 3), packing=False)
+    path = write_chats(tmp_path / "c.jsonl", 3)
+    config = DataConfig(format=DataFormat.messages, path=path, too_long=TooLong.truncate)
     with pytest.raises(DataError, match=r"nothing to train on, no token of train.seq_len=8 rows has a label"):
         load_data(config, seq_len=8, seed=0, model_folder=chat_folder)
 

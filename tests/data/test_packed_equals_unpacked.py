@@ -3,8 +3,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from horizon.config.schema import TooLong
 from horizon.data.encoding import Tokens
-from horizon.data.rows import pack, pad
+from horizon.data.pieces import cut
+from horizon.data.rows import Source, pack, pad
 
 LENGTHS = [5, 3, 8, 2, 4]  # 8-token rows: two documents, one that fills its row, two and padding
 
@@ -35,8 +37,9 @@ def loss_and_gradients(model, rows):
 
 def test_packed_rows_give_the_loss_and_gradients_of_one_document_a_row(model):
     ids = np.random.default_rng(0).integers(1, 40, sum(LENGTHS)).astype(np.int32)
-    tokens = Tokens(ids, np.ones(len(ids), np.bool_), np.array(LENGTHS))
-    packed_rows, padded_rows = pack(tokens, 8, pad_id=0), pad(tokens, 8, pad_id=0)
+    tokens = Tokens(ids, np.ones(len(ids), np.bool_), np.array(LENGTHS), [""] * len(LENGTHS))
+    source, pieces = Source("", tokens), cut(tokens, np.ones(len(LENGTHS), np.bool_), 8, TooLong.split)
+    packed_rows, padded_rows = pack(source, pieces, 8, pad_id=0), pad(source, pieces, 8, pad_id=0)
     assert len(packed_rows) == 3 and len(padded_rows) == 5
     assert packed_rows.num_trained.sum() == padded_rows.num_trained.sum() == sum(LENGTHS) - len(LENGTHS)
     packed_loss, packed = loss_and_gradients(model, packed_rows)
