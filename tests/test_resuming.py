@@ -291,6 +291,7 @@ def test_the_first_signal_saves_and_stops(settings, whole, tmp_path, monkeypatch
     assert signal.getsignal(number) is before
     shown = capsys.readouterr().out
     assert f"{number.name}: saving step 5" in shown and "resume=auto" in shown
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [5]
     monkeypatch.setattr(Trainer, "_step", step)
     Trainer(settings("resume=auto"), tmp_path).run()
     assert numbers(tmp_path) == numbers(whole)
