@@ -12,7 +12,8 @@ usage: horizon doctor [--measure] [--json]
 
 Looks at this machine: each line is ok, warn or fail, with what to do. Exit code 1 where something fails.
 
-  --measure   measure the machine for the plan, for about a minute, and keep that for `horizon plan`
+  --measure   measure the machine for the plan, for about a minute, and keep that for `horizon plan`; the disk is
+              measured with a file of 128 MiB in the folder that you start it in
   --json      print one JSON object and nothing else
 """
 FLAGS = {"--measure", "--json"}

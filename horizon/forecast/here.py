@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,14 +22,15 @@ import torch
 
 from horizon import __version__
 from horizon.config.compose import dump_machine, load_machine
-from horizon.config.machine import DeviceFile, HostFile, MachineFile
-from horizon.config.schema import Moments
+from horizon.config.machine import DeviceFile, HostFile, MachineFile, TierFile
+from horizon.config.schema import Moments, NvmeEngine
 from horizon.errors import BudgetError, ConfigError
 from horizon.optim.adamw import AdamW
 from horizon.optim.rate import PARAMETERS, measure_update_rate
 from horizon.optim.threads import available_cores, default_num_threads
 from horizon.plan.facts import MachineFacts, read_facts
 from horizon.plan.machine import host_memory_bytes
+from horizon.store.speed import probe_disk
 from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 from horizon.units import GIB, MIB
@@ -111,7 +113,8 @@ def measure(seconds: float, updates: bool) -> MachineFile:
 
     Args:
         seconds: that products run for.
-        updates: the optimizer's update, too, in each format of the moments; compiles it, which takes a while.
+        updates: the optimizer's update, too, in each format of the moments; compiles it, which takes a while. And the
+            disk of the folder that the process runs in.
 
     Raises:
         BudgetError: the device has no room for it.
@@ -135,6 +138,7 @@ def measure(seconds: float, updates: bool) -> MachineFile:
         host=host,
         device=found,
         updates_g_s={str(moments): _rounded(rate / 1e9) for moments, rate in rates.items()},
+        tiers=_disk_tier(Path.cwd()) if updates else {},
     )
 
 
@@ -150,6 +154,15 @@ def _measure_device(device: torch.device, seconds: float) -> DeviceFile:
     )
     torch.cuda.empty_cache()
     return found
+
+
+def _disk_tier(folder: Path) -> dict[str, TierFile]:
+    """The nvme tier that states in `folder` would be; none where nothing can be written there."""
+    free, rates = shutil.disk_usage(folder).free, probe_disk(str(folder), NvmeEngine.auto)
+    if rates is None or not free:
+        return {}
+    read, write = _rounded(rates.read / 1e9), _rounded(rates.write / 1e9)
+    return {"nvme": TierFile(memory=f"{free / GIB:.1f}GiB", read_gb_s=read, write_gb_s=write)}
 
 
 def _update_rates(device: torch.device) -> dict[Moments, float]:

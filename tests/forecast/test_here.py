@@ -98,13 +98,22 @@ def test_the_key_follows_hardware_and_versions_and_not_the_name_of_the_machine(m
             assert here.identity() != key
 
 
-def test_this_machine_can_really_be_measured(monkeypatch):
+def test_this_machine_can_really_be_measured(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(here, "PARAMETERS", {"cpu": 1 << 18, "cuda": 1 << 18})
     found = here.measure(0.05, updates=True)
     assert set(found.updates_g_s) == set(Moments)
     facts = read_facts(found, "here")
     assert facts.host_bytes > 1 << 28 and facts.host_bytes_per_s > 1e8 and facts.host_flops_per_s > 1e8
     assert all(rate > 1e5 for rate in facts.updates_per_s.values())
+    disk = facts.tiers["nvme"]  # of the folder that it runs in, which is as it was
+    assert disk.num_bytes > 1 << 20 and min(disk.read_bytes_per_s, disk.write_bytes_per_s) > 1e5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_file_can_be_made_there_is_no_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(here, "probe_disk", lambda folder, engine: None)
+    assert here._disk_tier(tmp_path) == {}
 
 
 def test_a_machine_file_comes_back_as_it_was_written(tmp_path):
