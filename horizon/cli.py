@@ -14,7 +14,20 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
-COMMANDS = ("train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
+COMMANDS = (
+    "train",
+    "generate",
+    "eval",
+    "plan",
+    "doctor",
+    "check",
+    "replay",
+    "export",
+    "import",
+    "checkpoint",
+    "bench",
+    "report",
+)
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -24,6 +37,8 @@ Train causal language models that host memory owns and the device only borrows.
 
 commands:
   train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
+  generate     go on with prompts: horizon generate model.path=FOLDER prompt=TEXT | prompts=FILE [key=value ...]
+  eval         loss, accuracy, answers to questions: horizon eval model.path=FOLDER data=text data.path=PATH
   plan         what a run would use, and how fast: horizon plan [machine=FILE] [key=value ...]; allocates nothing
   doctor       look at this machine: horizon doctor; with --measure, measure it for the plan
   replay       rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
@@ -80,6 +95,14 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         case ["train", *rest]:
             return _train(rest)
+        case ["generate", *rest]:
+            from horizon.commands import generate
+
+            return generate.run(rest)
+        case ["eval", *rest]:
+            from horizon.commands import eval as evaluation
+
+            return evaluation.run(rest)
         case ["plan", *rest]:
             from horizon.commands import plan
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from horizon.building import build_frozen_parts
 from horizon.config.schema import MemoryConfig
@@ -138,14 +139,14 @@ class InferenceEngine:
         (prompts,) = self._prepare({"input_ids": input_ids, **masks}, need_labels=False)
         return self._generator.generate(prompts.inputs, arguments, seed).cpu()
 
-    def plan_generation(self, rows: int, prompt_tokens: int, new_tokens: int) -> MemoryPlan:
-        """The memory while so many rows are generated at once, keys and values included.
+    def plan_generation(self, rows: int, prompt_tokens: int, **arguments: Any) -> MemoryPlan:
+        """The memory of `generate` with the same arguments and prompts of that shape, keys and values included.
 
         Raises:
-            BudgetError: they do not fit.
+            BudgetError: it does not fit.
         """
         self._require_open()
-        return self._generator.plan(rows, prompt_tokens, new_tokens)
+        return self._generator.plan(rows, prompt_tokens, arguments)
 
     # ---- facts
 
@@ -163,6 +164,12 @@ class InferenceEngine:
     def max_positions(self) -> int | None:
         """Tokens that a row may have; None where any position can be computed."""
         return self._runtime.model.max_positions
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's own settings for `generate`."""
+        found: GenerationConfig = self._runtime.model.skeleton.generation_config
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -29,7 +29,7 @@ FLOW = (
     ("building",),
     ("inference",),
     ("engine", "interrupts"),
-    ("run_checkpoints", "sampling"),
+    ("run_checkpoints", "sampling", "eval"),
     ("trainer", "replaying", "bench"),
     ("doctor",),
     ("commands",),

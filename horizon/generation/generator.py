@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ from horizon.zo.runtime import ZerothOrderRuntime
 CHOICE_BYTES = 40  # per row and entry of the vocabulary: logits in fp32, sorted with indices, summed, drawn from
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One generation, planned."""
+
+    config: GenerationConfig
+    objects: dict[str, Any]
+    rows: int
+    total_tokens: int  # of a row, at the end
+    shapes: list[LayerShape]
+    planned: CachePlan
+
+
 class Generator:
     """Generates with one engine's runtime, and knows what its passes take."""
 
@@ -37,13 +50,13 @@ class Generator:
             self._model, lambda blocks: runtime.executor.visits(runtime.version, blocks), runtime.device
         )
 
-    def plan(self, rows: int, prompt_tokens: int, new_tokens: int) -> MemoryPlan:
-        """The memory of the engine while it goes on with so many rows.
+    def plan(self, rows: int, prompt_tokens: int, arguments: Mapping[str, Any]) -> MemoryPlan:
+        """The memory of the engine while it goes on with prompts of that shape.
 
         Raises:
             BudgetError: it does not fit.
         """
-        return self._planned(rows, prompt_tokens, prompt_tokens + new_tokens)[1].memory
+        return self._read(rows, prompt_tokens, arguments).planned.memory
 
     def generate(self, inputs: Mapping[str, Tensor], arguments: Mapping[str, Any], seed: int | None) -> Tensor:
         """Token ids on the device, [rows * num_return_sequences, tokens], prompts included.
@@ -56,18 +69,16 @@ class Generator:
         runtime, ids = self._runtime, inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         _refuse_right_padding(mask)
-        config, objects = read_arguments(self._model.skeleton.generation_config, arguments)
-        total = total_tokens(config, ids.shape[1], self._model.max_positions)
-        rows = len(ids) * (config.num_return_sequences or 1)
-        shapes, planned = self._planned(rows, ids.shape[1], total)
-        before, runtime.plan = runtime.plan, planned.memory
+        asked = self._read(len(ids), ids.shape[1], arguments)
+        before, runtime.plan = runtime.plan, asked.planned.memory
 
         def run() -> Tensor:
-            cache = allocated(shapes, rows, total, planned.on_device, runtime.device)
+            on_device = asked.planned.on_device
+            cache = allocated(asked.shapes, asked.rows, asked.total_tokens, on_device, runtime.device)
             with self._streamed.open() as model, cache as past, _drawing(seed, runtime.device), _named_errors():
                 model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the model's own has been read
                 found = model.generate(  # type: ignore[operator]
-                    ids, attention_mask=mask, past_key_values=past, generation_config=config, **objects
+                    ids, attention_mask=mask, past_key_values=past, generation_config=asked.config, **asked.objects
                 )
                 return found  # type: ignore[no-any-return]
 
@@ -77,6 +88,13 @@ class Generator:
             runtime.plan = before
 
     # ---- what passes take
+
+    def _read(self, rows: int, prompt_tokens: int, arguments: Mapping[str, Any]) -> _Asked:
+        """What is asked for, and where its keys and values go."""
+        config, objects = read_arguments(self._model.skeleton.generation_config, arguments)
+        total = total_tokens(config, prompt_tokens, self._model.max_positions)
+        rows *= config.num_return_sequences or 1
+        return _Asked(config, objects, rows, total, *self._planned(rows, prompt_tokens, total))
 
     def _planned(self, rows: int, prompt_tokens: int, total: int) -> tuple[list[LayerShape], CachePlan]:
         on_cpu = self._runtime.device.type == "cpu"
