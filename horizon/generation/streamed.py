@@ -118,6 +118,7 @@ class StreamedModel:
             finally:
                 if self._walk is not None:
                     self._walk.release()
+                    self._walk = None  # it holds the slots
 
 
 def _as_on(skeleton: Any, device: torch.device, forward: Callable[..., Any]) -> Any:
