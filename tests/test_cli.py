@@ -64,7 +64,7 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    expected = "train, plan, doctor, check, replay, export, import, checkpoint, bench, report (horizon --help)"
+    expected = "train, generate, eval, plan, doctor, check, replay, export, import, checkpoint, bench, report (horizon --help)"
     assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {expected}\n"
 
 
