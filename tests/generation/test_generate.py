@@ -91,6 +91,7 @@ def test_sampling_draws_what_transformers_draws_and_leaves_random_numbers_alone(
     torch.manual_seed(5)
     want = expected(model, ids, mask, num_return_sequences=2, **SAMPLING)
     with inference(model) as engine:
+        torch.manual_seed(99)
         state = torch.random.get_rng_state()
         settings = {"max_new_tokens": NEW, "eos_token_id": None, "num_return_sequences": 2, **SAMPLING}
         got = engine.generate(ids, mask, seed=5, **settings)
@@ -148,6 +149,8 @@ def test_between_steps_the_newest_weights_generate_and_training_does_not_notice(
         alone.lr = 1e-2
         for _ in range(3):
             result = engine.step(batch)
+            planned = engine.plan_generation(3, 9, max_new_tokens=NEW)
+            assert {line.purpose for line in planned.activations if line.num_bytes} == {"keys and values of 2 layers"}
             found = engine.generate(ids, mask, max_new_tokens=NEW, eos_token_id=None)  # updates are still under way
             assert result.loss == alone.step(batch).loss
             with torch.no_grad():
@@ -223,6 +226,7 @@ def test_after_a_failure_the_engine_goes_on():
         with pytest.raises(RuntimeError, match="broken"):
             engine.generate(ids, mask, logits_processor=LogitsProcessorList([broken]))
         assert engine.plan == before
+        assert all(parameter.is_meta for parameter in engine._runtime.model.skeleton.parameters())
         assert engine.evaluate(batch) == loss
         assert torch.equal(
             engine.generate(ids, mask, max_new_tokens=NEW, eos_token_id=None), expected(model, ids, mask)

@@ -23,8 +23,8 @@ def fixed(host, device):
     ),
     rows=st.integers(1, 4),
     tokens=st.integers(1, 12),
-    host=st.integers(110, 2000),
-    device=st.integers(100, 2000),
+    host=st.integers(110, 900),
+    device=st.integers(100, 600),
     working=st.integers(0, 100),
 )  # fmt: skip
 def test_every_layer_is_somewhere_and_budgets_hold(layers, rows, tokens, host, device, working):
