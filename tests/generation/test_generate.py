@@ -216,15 +216,17 @@ def test_after_a_failure_the_engine_goes_on():
     ids, mask = prompts()
     batch = {"input_ids": ids, "labels": ids}
 
-    def broken(input_ids, scores):
-        if input_ids.shape[1] > 10:
-            raise RuntimeError("broken")
-        return scores
+    def broken(*args):
+        raise RuntimeError("broken")
 
     with training(model) as engine:
         loss, before = engine.evaluate(batch), engine.plan
-        with pytest.raises(RuntimeError, match="broken"):
+        with pytest.raises(RuntimeError, match="broken"):  # between two passes
             engine.generate(ids, mask, logits_processor=LogitsProcessorList([broken]))
+        hook = engine._runtime.model.skeleton.lm_head.register_forward_hook(broken)
+        with pytest.raises(RuntimeError, match="broken"):  # inside of one, with the head bound
+            engine.generate(ids, mask)
+        hook.remove()
         assert engine.plan == before
         assert all(parameter.is_meta for parameter in engine._runtime.model.skeleton.parameters())
         assert engine.evaluate(batch) == loss

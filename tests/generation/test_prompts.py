@@ -27,7 +27,7 @@ def test_rows_are_padded_on_the_left():
 def test_a_text_ends_at_a_token_that_ends_texts():
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: ids)
     rows = torch.tensor([[0, 4, 2, 0], [0, 5, 6, 7]])
-    assert new_texts(tokenizer, rows, 1, [2, 9]) == [([4, 2], 2), ([5, 6, 7], 3)]
+    assert new_texts(tokenizer, rows, 1, [2, 9]) == [("[4, 2]", 2), ("[5, 6, 7]", 3)]
 
 
 @pytest.mark.parametrize(("own", "of_tokenizer", "found"), [(None, None, []), (3, 1, [1, 3]), ([4, 3], None, [3, 4])])
