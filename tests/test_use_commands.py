@@ -104,6 +104,8 @@ def test_only_what_is_held_out_is_scored_where_that_is_asked_for(places, capsys)
     data = ["data=text", f"data.path={root / 'texts'}", "data.packing=false", "train.seq_len=128"]
     evaluation.run([f"model.path={root / 'run'}", *data, "data.validation_fraction=0.25", "--json", *HERE])
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == 1
+    with pytest.raises(DataError, match="nothing is held out: validation: none"):
+        evaluation.run([f"model.path={root / 'run'}", *data, "data.validation_fraction=0", *HERE])
 
 
 def test_questions_are_answered_and_tabulated(places, tmp_path, capsys):

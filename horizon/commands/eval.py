@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horizon.errors import ConfigError
+from horizon.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,14 +33,14 @@ Loss, perplexity and token accuracy on data, and the share of questions answered
                   {"prompt", "answer"} (what it writes, greedily, must be the answer); "messages" instead of "prompt"
   max_new_tokens  of such a text (32)
   stop            which ends it, too (a line end); empty: nothing but the model's own end
-  prompts         of such texts that are written together (32)
+  batch           of such texts that are written together (32)
   pass_tokens     that go through the model at once (65536): the more, the less often its weights cross the link
   --json          one object and nothing else
   key=value       settings as of horizon train: memory.device_budget=24GiB device=cpu compute_dtype=float32 ...
 
   horizon eval model.path=runs/first data=text data.path=held-out questions=capitals.jsonl
 """
-OWN = {"questions", "max_new_tokens", "stop", "prompts", "pass_tokens"}
+OWN = {"questions", "max_new_tokens", "stop", "batch", "pass_tokens"}
 
 
 def run(arguments: list[str]) -> int:
@@ -64,17 +64,18 @@ def run(arguments: list[str]) -> int:
     if not has_data and "questions" not in own:
         raise ConfigError("nothing to evaluate on: give data=... data.path=..., questions=FILE.jsonl, or both")
     config = compose(rest)
-    if not any(a.partition("=")[0] in ("data.validation_fraction", "data.validation_path") for a in rest):
+    held_out = any(a.partition("=")[0] in ("data.validation_fraction", "data.validation_path") for a in rest)
+    if not held_out:
         config.data.validation_fraction = 0.0
     usual = Sizes()
     sizes = replace(
         usual,
         pass_tokens=_number(own, "pass_tokens", usual.pass_tokens),
-        prompts=_number(own, "prompts", usual.prompts),
+        prompts=_number(own, "batch", usual.prompts),
     )
     max_new_tokens = _number(own, "max_new_tokens", 32)
     model = find_model(config)
-    rows = _rows(model, config) if has_data else None
+    rows = _rows(model, config, held_out) if has_data else None
     tokenizer = model.tokenizer(config)
     files = [Path(name) for name in own.get("questions", "").split(",") if name]
     questions = {str(path): read_questions(path, tokenizer) for path in files}
@@ -96,15 +97,23 @@ def _number(own: dict[str, str], key: str, default: int) -> int:
     return int(text)
 
 
-def _rows(model: UsedModel, config: HorizonConfig) -> Rows:
-    """What is held out, or all there is."""
+def _rows(model: UsedModel, config: HorizonConfig, held_out: bool) -> Rows:
+    """What is held out, or all there is.
+
+    Raises:
+        DataError: nothing is held out.
+    """
     from horizon.data import load_data
 
     data = load_data(
         config.data, seq_len=config.train.seq_len, seed=config.seed, model_folder=model.tokenizer_folder,
         vocab_limit=model.vocab_size(config), trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
-    return data.train if data.validation is None else data.validation
+    if not held_out:
+        return data.train
+    if data.validation is None:
+        raise DataError(f"nothing is held out: {data.summary.splitlines()[-1]}; leave it out to score all of the data")
+    return data.validation
 
 
 def _scored(engine: InferenceEngine, rows: Rows, sizes: Sizes) -> dict[str, Any]:
