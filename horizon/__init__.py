@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from horizon import errors
     from horizon.config.schema import MemoryConfig, SimulatedCxl, TierRule
     from horizon.engine import Engine
+    from horizon.inference import InferenceEngine
     from horizon.optim.adamw import AdamW
     from horizon.trainer import Trainer
     from horizon.zo.settings import ZerothOrder
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "Engine",
+    "InferenceEngine",
     "MemoryConfig",
     "SimulatedCxl",
     "TierRule",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
     "Engine": "horizon.engine",
+    "InferenceEngine": "horizon.inference",
     "MemoryConfig": "horizon.config.schema",
     "TierRule": "horizon.config.schema",
     "SimulatedCxl": "horizon.config.schema",

@@ -6,16 +6,21 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from horizon.check import ensure_supported
+from horizon.checkpoint.convert import saved_skeleton
 from horizon.checkpoint.hf_import import load_weights
+from horizon.checkpoint.reader import Checkpoint
+from horizon.checkpoint.restore import check_weights
 from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
-from horizon.models.skeleton import open_model
+from horizon.frozen import FrozenRuntime, build_frozen
+from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import LAGGED_NOTE, Clipping
 from horizon.runtime import Runtime, build_runtime
@@ -77,6 +82,37 @@ def build_parts(
     if clipping.mode is Clip.lagged:
         logger.warning("%s: a step's gradients are scaled by the norm of the step before", LAGGED_NOTE)
     return Parts(runtime, optimizer.lr, clipping, on_bad)
+
+
+def build_frozen_parts(
+    model: Any, checkpoint: Path | None, *, memory: MemoryConfig | None = None, device: str = "auto",
+    compute_dtype: str = "auto", kernels: str = "auto", seed: int = 0, revision: str | None = None,
+    trust_remote_code: bool = False, self_check: bool = True,
+) -> FrozenRuntime:  # fmt: skip
+    """The parts that `InferenceEngine.from_pretrained` describes, or its `load_checkpoint`.
+
+    Args:
+        model: may be None where a checkpoint is given: what that is of.
+
+    Raises:
+        HorizonError: named by kind; nothing stays allocated.
+    """
+    memory = settings(MemoryConfig, memory, "memory")
+    dtype, kernel_kind = choice(ComputeDtype, compute_dtype, "compute_dtype"), choice(Kernels, kernels, "kernels")
+    weights: Any
+    if checkpoint is None:
+        skeleton, weights = open_model(model, revision, trust_remote_code)
+    else:
+        weights = Checkpoint(checkpoint)
+        skeleton = (
+            saved_skeleton(weights) if model is None else open_model(Unloaded(model), revision, trust_remote_code)[0]
+        )
+        check_weights(weights, {name: tuple(p.shape) for name, p in skeleton.named_parameters()})
+    if self_check:
+        ensure_supported(skeleton.config, trust_remote_code)
+    return build_frozen(
+        skeleton, weights, memory=memory, device=device, compute_dtype=dtype, kernels=kernel_kind, seed=seed
+    )
 
 
 def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:

@@ -106,7 +106,7 @@ def restore(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, weights_o
     whole = manifest.optimizer is not None and not weights_only
     if whole:
         check_same(checkpoint, layouts, skeleton.config, runtime.optimizer)
-    check_weights(checkpoint, layouts)
+    check_weights(checkpoint, {p.name: p.spec.shape for lay in layouts for p in lay.params})
 
     def fill(store: HostStore) -> None:
         restore_weights(checkpoint, store)

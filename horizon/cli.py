@@ -15,7 +15,21 @@ from horizon.errors import ConfigError, HorizonError
 if TYPE_CHECKING:
     from horizon.config.schema import HorizonConfig
 
-COMMANDS = ("train", "data", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report")
+COMMANDS = (
+    "train",
+    "data",
+    "generate",
+    "eval",
+    "plan",
+    "doctor",
+    "check",
+    "replay",
+    "export",
+    "import",
+    "checkpoint",
+    "bench",
+    "report",
+)
 INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 
 USAGE = """\
@@ -26,6 +40,8 @@ Train causal language models that host memory owns and the device only borrows.
 commands:
   train        train a model: horizon train [flag ...] [key=value ...]; horizon train --help lists the settings
   data         what a run would train on: horizon data preview [key=value ...]
+  generate     go on with prompts: horizon generate model.path=FOLDER prompt=TEXT | prompts=FILE [key=value ...]
+  eval         loss, accuracy, answers to questions: horizon eval model.path=FOLDER data=text data.path=PATH
   plan         what a run would use, and how fast: horizon plan [machine=FILE] [key=value ...]; allocates nothing
   doctor       look at this machine: horizon doctor; with --measure, measure it for the plan
   replay       rebuild what optim=mezo trained from its log: horizon replay base=FOLDER log=FILE out=FOLDER
@@ -86,6 +102,14 @@ def _dispatch(arguments: list[str]) -> int:
             from horizon.commands import data
 
             return data.run(rest)
+        case ["generate", *rest]:
+            from horizon.commands import generate
+
+            return generate.run(rest)
+        case ["eval", *rest]:
+            from horizon.commands import eval as evaluation
+
+            return evaluation.run(rest)
         case ["plan", *rest]:
             gc.disable()  # for seconds, most of which are imports: looking for garbage would take a fifth of them
             from horizon.commands import plan

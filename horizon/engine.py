@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from horizon import checkpoints
@@ -22,25 +21,24 @@ from horizon.building import Parts, build_parts
 from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.saves import Save
 from horizon.config.schema import MemoryConfig
-from horizon.diagnosis import report_dropped, said_beside
+from horizon.diagnosis import report_dropped
 from horizon.errors import BatchError, ConfigError, HorizonError
-from horizon.inference import last_logits, mean_loss
+from horizon.inference import InferenceEngine
 from horizon.optim.adamw import AdamW
 from horizon.optim.steps import StepOutcome, WaitingGradients
-from horizon.plan.machine import process_bytes
-from horizon.plan.memory import MemoryPlan
 from horizon.records import StepResult
 from horizon.report.recording import Recording
-from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
+from horizon.runtime import Runtime
+from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens
 from horizon.stream.head import LossFn
 from horizon.zo.replay import ReplayLog
-from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
+from horizon.zo.runtime import ZerothOrderOutcome, ZerothOrderRuntime, of_zeroth_order, require_gradients
 from horizon.zo.settings import ZerothOrder
 
 T = TypeVar("T")
 
 
-class Engine:
+class Engine(InferenceEngine):
     """Trains one causal LM whose parameters and optimizer state live in host memory.
 
     Build one with `from_pretrained` or `from_config`. It is a context manager; `close` releases all memory.
@@ -51,13 +49,15 @@ class Engine:
         plan: predicted bytes per tier.
     """
 
+    _runtime: Runtime | ZerothOrderRuntime
+
     def __init__(self, parts: Parts, seed: int):
-        self._runtime, self.lr = parts.runtime, parts.lr
+        super().__init__(parts.runtime)
+        self.lr = parts.lr
         self._clipping, self._seed, self._on_nonfinite = parts.clipping, seed, parts.on_nonfinite
         self._num_passes = 0  # backward passes so far: each draws its own dropout masks
         self._waiting = WaitingGradients()
         self._has_gradients = False
-        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -180,14 +180,6 @@ class Engine:
         step, outcome = self.num_steps + 1, runtime.apply(self.lr, waiting.loss)
         return self._result(step, outcome, waiting.batches, waiting.num_tokens, started)
 
-    def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
-        """The loss without gradients: mean over trained tokens (dropout off)."""
-        return mean_loss(self._runtime, self._prepare(batch, loss_fn is None), loss_fn)
-
-    def next_token_logits(self, batch: Batch) -> Tensor:
-        """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
-        return last_logits(self._runtime, self._prepare(batch, need_labels=False))
-
     # ---- state by name
 
     def named_master_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -287,34 +279,9 @@ class Engine:
     # ---- facts
 
     @property
-    def plan(self) -> MemoryPlan:
-        """Predicted bytes per tier; includes activations once a batch shape is known."""
-        return self._runtime.plan
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens the model knows."""
-        return self._runtime.model.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where blocks compute."""
-        return self._runtime.device
-
-    @property
     def num_steps(self) -> int:
         """Optimizer steps applied so far."""
         return self._runtime.version
-
-    @property
-    def host_bytes(self) -> int:
-        """Resident host memory of this process, now."""
-        return process_bytes()
-
-    @property
-    def device_bytes(self) -> int:
-        """Device memory this process has taken at its peak; on CPU, the slots that stand in for it."""
-        return self._runtime.device_bytes()
 
     def plan_micro_batch(self, batch_size: int, seq_len: int, rows: int | None = None) -> int:
         """Plan steps of `batch_size` rows; `plan` then includes their activations.
@@ -346,26 +313,13 @@ class Engine:
 
     def close(self) -> None:
         """Stop the workers, when a save under way is on disk, and release all memory. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._waiting = WaitingGradients()
-            self._runtime.close()
-
-    def __enter__(self) -> Engine:
-        return self
+        self._waiting = WaitingGradients()
+        super().close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
             self._runtime.abandon_saves()  # Ctrl-C: who waits for a disk does not stop at once
-        with said_beside(error):
-            self.close()
-
-    def _prepare(self, batch: Batch | Sequence[Batch], need_labels: bool) -> list[MicroBatch]:
-        self._require_open()
-        runtime, limit = self._runtime, self._runtime.model.max_positions
-        batches = to_micro_batches(batch, runtime.device, self.vocab_size, max_positions=limit, need_labels=need_labels)
-        runtime.model.check_inputs(sorted({name for b in batches for name in b.inputs}))
-        return batches
+        super().__exit__(kind, error, at)
 
     def _run_pass(self, work: Callable[[int], T]) -> T:
         """Run `work(seed of the dropout masks)`, one backward pass; if it fails, the gradients on the host are void."""
@@ -387,11 +341,6 @@ class Engine:
         self._has_gradients = self._runtime.keeps_gradients and outcome.applied is not None
         self._runtime.streams.timeline.end_step()
         return outcome.result(num_tokens, time.perf_counter() - started)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise HorizonError("the engine is closed")
-        self._runtime.raise_if_failed()
 
     def _begin_step(self) -> float:
         self._require_open()

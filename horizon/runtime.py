@@ -23,7 +23,6 @@ from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.saves import Save, Saves
 from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, Recompute
 from horizon.config.values import choice
-from horizon.errors import BudgetError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.optim.adamw import AdamW
@@ -60,12 +59,13 @@ from horizon.store.offload import OffloadFile
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
+from horizon.stream.guard import guard
 from horizon.stream.head import LossFn, chunk_bytes, chunk_tokens
 from horizon.stream.measure import measure_working_set
 from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
-from horizon.units import MIB, format_bytes
+from horizon.units import MIB
 
 T = TypeVar("T")
 HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
@@ -303,19 +303,8 @@ class Runtime:
         return self._steps.last_norm
 
     def guarded(self, work: Callable[[], T]) -> T:
-        """Run device work; whatever fails, wait for what is in flight and forget the step."""
-        try:
-            with self.streams.entered():
-                return work()
-        except torch.cuda.OutOfMemoryError as error:
-            self.executor.reset()
-            raise BudgetError(
-                f"the device ran out of memory ({str(error).splitlines()[0]}); use a smaller train.micro_batch, or "
-                f"raise memory.device_budget ({format_bytes(self.plan.limits.device)})"
-            ) from error
-        except BaseException:
-            self.executor.reset()
-            raise
+        """Run device work; whatever fails, forget it (`horizon.stream.guard`)."""
+        return guard(self.streams, self.executor, self.plan.limits, work)
 
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""

@@ -10,6 +10,7 @@ import torch
 
 from horizon.data import TextData
 from horizon.errors import ConfigError
+from horizon.generation.prompts import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,14 +50,15 @@ def generate(
 ) -> str:
     """Text of `num_tokens` tokens after `prompt`, or fewer if it ends before, each drawn from the likeliest few.
 
+    Prompt and text together are `max_context` tokens at most: the beginning of a longer prompt is left out.
+
     The likeliest token alone would repeat itself for ever after a short training.
     """
-    ids, dice = list(prompt), torch.Generator().manual_seed(seed)
-    for _ in range(num_tokens):
-        logits = engine.next_token_logits({"input_ids": torch.tensor([ids[-max_context:]])})[0]
-        likeliest = logits.topk(min(SAMPLE_FROM, len(logits)))
-        drawn = torch.multinomial(likeliest.values.softmax(-1), 1, generator=dice)
-        ids.append(int(likeliest.indices[drawn]))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return str(tokenizer.decode(ids[len(prompt) :]))
+    new_tokens = min(num_tokens, max_context - 1)
+    ids = torch.tensor([prompt[-(max_context - new_tokens) :]])
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    written = engine.generate(
+        ids, seed=seed, max_new_tokens=new_tokens, do_sample=True, top_k=SAMPLE_FROM, eos_token_id=ends or None,
+        pad_token_id=padding_id(tokenizer),
+    )  # fmt: skip
+    return str(tokenizer.decode(written[0, ids.shape[1] :].tolist()))

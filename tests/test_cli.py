@@ -64,8 +64,8 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    expected = "train, plan, doctor, check, replay, export, import, checkpoint, bench, report (horizon --help)"
-    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {expected}\n"
+    commands = "train, generate, eval, plan, doctor, check, replay, export, import, checkpoint, bench, report"
+    assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {commands} (horizon --help)\n"
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
@@ -167,7 +167,20 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
     [
         (
             "horizon ",
-            ["train", "plan", "doctor", "check", "replay", "export", "import", "checkpoint", "bench", "report"],
+            [
+                "train",
+                "generate",
+                "eval",
+                "plan",
+                "doctor",
+                "check",
+                "replay",
+                "export",
+                "import",
+                "checkpoint",
+                "bench",
+                "report",
+            ],
         ),
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),

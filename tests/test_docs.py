@@ -13,8 +13,10 @@ from horizon.checkpoint.manifest import Manifest
 from horizon.config.compose import compose
 from horizon.config.schema import HorizonConfig
 from horizon.data.tokenizer import byte_tokenizer
+from horizon.inference import InferenceEngine
 from horizon.records import CheckpointRow, StepRow, StepSplit
 from tests.checkpoint.engines import build, train
+from tests.parity import reference
 from tests.parity.reference import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,22 @@ def test_links_lead_somewhere(page):
 def test_the_readme_names_the_architectures_that_the_tests_train():
     listed = re.search(r"Trained in the tests.*?:(.*?)\n\n", README, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", listed)) == {family.split(",")[0] for family in FAMILIES}
+
+
+def test_the_scripts_on_generation_run(tmp_path, monkeypatch, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    reference.build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    generates, scores = fenced("python", (ROOT / "docs/generation-and-evaluation.md").read_text())
+    names = {}
+    exec(compile(generates, "generates", "exec"), names)
+    assert names["tokens"].shape == (2, len("Once upon a time") + 16)
+    names["batches"] = [reference.plain(0), reference.plain(1)]
+    names["sources"] = ["first", "first", "second", "second"]
+    with InferenceEngine.from_pretrained("my-model") as engine:
+        exec(compile(scores, "scores", "exec"), names | {"engine": engine})
+    assert "first 22 " in capsys.readouterr().out
 
 
 def test_the_readmes_script_runs(tmp_path, monkeypatch, capsys):

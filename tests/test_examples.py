@@ -80,6 +80,13 @@ def test_zeroth_order_answers_better_and_replays(capsys):
     assert f"KiB: {after:.1%}" in capsys.readouterr().out
 
 
+def test_evaluate_checkpoint_finds_what_was_learned(tmp_path, capsys):
+    found = load("evaluate_checkpoint").main(tmp_path, steps=60, device="cpu")
+    assert found["choices"] == found["texts"] == 1
+    assert found["learned"] > 0.6 > 0.3 > found["other"]
+    assert "Norway: Oslo" in capsys.readouterr().out
+
+
 def test_every_example_is_short_and_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text()

@@ -27,6 +27,7 @@ from horizon.config.schema import (
 from horizon.data.encoding import Tokens
 from horizon.data.pieces import cut
 from horizon.data.rows import Source, pad
+from horizon.engine import Engine
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
 from horizon.plan.memory import Limits
@@ -81,10 +82,13 @@ class FakeEngine:
         self.evaluated.append(sum(len(batch["input_ids"]) for batch in batches))
         return 4.0 - len(self.evaluated)
 
-    def next_token_logits(self, batch):
-        ids = batch["input_ids"]
-        self.windows.append(ids.tolist()[0])
-        return 1e3 * torch.nn.functional.one_hot((ids[:, -1] + 1) % self.vocab_size, self.vocab_size)
+    def generate(self, input_ids, *, max_new_tokens, eos_token_id, **settings):
+        """Counts on from the last token."""
+        self.windows.append(input_ids.tolist()[0])
+        ids = self.windows[-1]
+        while len(ids) < input_ids.shape[1] + max_new_tokens and ids[-1] not in (eos_token_id or ()):
+            ids = [*ids, (ids[-1] + 1) % self.vocab_size]
+        return torch.tensor([ids])
 
     def save_pretrained(self, folder, tokenizer):
         self.saved = (folder, tokenizer)
@@ -237,26 +241,30 @@ def test_what_is_switched_off_is_not_done(config, run, tmp_path):
 def test_without_a_prompt_the_sample_continues_a_held_out_row(config, run):
     config.train.sample_prompt = None
     engine, _ = run(config)
-    assert len(engine.windows[0]) == 32
+    assert len(engine.windows[0]) == 32 - 3  # the beginning makes room for the sample
     assert len(set(engine.windows[0])) <= 3  # one letter, line ends, perhaps an end of text
 
 
-def test_generation_stops_at_the_end_of_text_and_keeps_to_the_context():
+def test_a_sample_stops_at_the_end_of_text_and_keeps_to_the_context():
     engine = FakeEngine(10)
-    tokenizer = SimpleNamespace(eos_token_id=8, decode=lambda ids: "".join(map(str, ids)))
-    assert generate(engine, tokenizer, [3], 3, max_context=2, seed=0) == "456"
-    assert engine.windows == [[3], [3, 4], [4, 5]]
-    assert generate(engine, tokenizer, [6], 9, max_context=4, seed=0) == "78"
+    tokenizer = SimpleNamespace(eos_token_id=8, pad_token_id=None, decode=lambda ids: "".join(map(str, ids)))
+    assert generate(engine, tokenizer, [1, 2, 3], 3, max_context=5, seed=0) == "456"
+    assert generate(engine, tokenizer, [3], 3, max_context=2, seed=0) == "4"
+    assert engine.windows == [[2, 3], [3]]
+    assert generate(engine, tokenizer, [6], 9, max_context=16, seed=0) == "78"
 
 
 def test_a_sample_is_drawn_from_the_likeliest_tokens_and_repeats_with_its_seed():
-    logits = torch.cat([torch.full((80,), -1.0), torch.ones(20)])[None]
-    engine = SimpleNamespace(next_token_logits=lambda batch: logits)
-    tokenizer = SimpleNamespace(eos_token_id=None, decode=list)
-    samples = [generate(engine, tokenizer, [0], 30, max_context=8, seed=seed) for seed in (0, 0, 1)]
-    assert samples[0] == samples[1] != samples[2]
-    drawn = ast.literal_eval(samples[0])
-    assert len(set(drawn)) > 5 and min(drawn) >= 80
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=None, decode=list)
+    small = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+    with Engine.from_config(small, self_check=False, device="cpu") as engine:
+        samples = [generate(engine, tokenizer, [1], 30, max_context=64, seed=seed) for seed in (0, 0, 1)]
+        assert samples[0] == samples[1] != samples[2]
+        ids = [1, *ast.literal_eval(samples[0])]
+        for end in range(1, len(ids)):
+            likeliest = engine.next_token_logits({"input_ids": torch.tensor([ids[:end]])})[0].topk(20).indices
+            assert ids[end] in likeliest.tolist()
 
 
 def test_validation_rows_are_cut_into_micro_batches_in_order():

@@ -53,6 +53,10 @@ class Checkpoint:
             whole[chunk.index] = values
         return whole
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, fp32 values) of every parameter, as a live model gives them."""
+        return ((name, self.read(name)) for name in self.shapes)
+
     def fill_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Give a skeleton's buffers, by name, the values that they had when the checkpoint was written."""
         for name, kind in self._specs:

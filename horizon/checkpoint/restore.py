@@ -65,9 +65,9 @@ def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_weights(checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...]) -> None:
+def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a CheckpointError unless the checkpoint has every parameter of the model, in its shape, and no other."""
-    shapes, found = {p.name: p.spec.shape for lay in layouts for p in lay.params}, checkpoint.shapes
+    found = checkpoint.shapes
     faults = {
         "missing": [name for name in shapes if name not in found],
         "unexpected": [name for name in found if name not in shapes],

@@ -32,10 +32,11 @@ Params = Mapping[str, Tensor]  # local parameter name -> tensor
 class BlockModel:
     """The blocks of one skeleton: their layouts, and how to run each.
 
-    Block 0 is the embedding, blocks 1..L the decoder layers, block L+1 the final norm and the head.
+    Block 0 is the embedding, blocks 1..L the decoder layers, block L+1 the final norm and the head. Nothing of a model
+    that is not `trains` is trained.
     """
 
-    def __init__(self, skeleton: Any, freeze: Sequence[str] = (), fused: bool = False):
+    def __init__(self, skeleton: Any, freeze: Sequence[str] = (), fused: bool = False, trains: bool = True):
         self.skeleton = skeleton
         self.config: Any = skeleton.config
         skeleton.train(True)
@@ -43,7 +44,10 @@ class BlockModel:
             raise UnsupportedModelError(
                 f"config.layerdrop={skeleton.config.layerdrop}: dropping whole layers is not supported; set 0"
             )
-        _freeze(skeleton, freeze)
+        if trains:
+            _freeze(skeleton, freeze)
+        else:
+            skeleton.requires_grad_(False)
         self.structure: Structure = find_structure(skeleton)
         adopt(skeleton)
         self.layouts: tuple[BlockLayout, ...] = _lay_out(skeleton, self.structure)
@@ -120,6 +124,10 @@ class BlockModel:
                     f"{type(self.skeleton).__name__} does not take {name!r}: a packed batch needs position_ids "
                     "(set data.packing=false), a padded one attention_mask"
                 )
+
+    def bound(self, block: int, params: Params) -> AbstractContextManager[None]:
+        """While open, the skeleton's modules compute with these parameters of a block; else they have no storage."""
+        return self._bindings[block].bound(params)
 
     def embed(
         self,

@@ -8,8 +8,8 @@ layer, the head side runs the model's forward with the layers' owner already fin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,10 @@ class Structure:
     @property
     def layers_path(self) -> str:
         return f"{self.owner_path}.{self.list_name}" if self.owner_path else self.list_name
+
+    def replaced(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """While open, the model walks these modules instead of its layers."""
+        return _replaced(self.owner, self.list_name, nn.ModuleList(layers))
 
 
 class LastLayerReached(Exception):
@@ -78,7 +82,7 @@ def tapped(structure: Structure, log: list[tuple[Tensor, Call]]) -> Iterator[Non
     """While open, the model's layers are taps that record into `log`, the last one stopping the forward."""
     last = len(structure.layers) - 1
     taps = [Tap(layer, log, structure.returns_tuple, stop=i == last) for i, layer in enumerate(structure.layers)]
-    with _replaced(structure.owner, structure.list_name, nn.ModuleList(taps)):
+    with structure.replaced(taps):
         yield
 
 

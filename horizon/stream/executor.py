@@ -26,6 +26,7 @@ from horizon.store.gradients import GradientBuffers
 from horizon.store.host import HostStore
 from horizon.stream.batch import MicroBatch
 from horizon.stream.boundaries import Boundaries
+from horizon.stream.forward import ForwardPasses, Visits
 from horizon.stream.gradients import GradientSink, GradientSlots
 from horizon.stream.head import HeadLoss, LossFn
 from horizon.stream.passes import Passes
@@ -52,7 +53,7 @@ class ExecutorSettings:
     head_chunk: int  # tokens
 
 
-class Executor:
+class Executor(ForwardPasses):
     """Runs blocks on the device; owns the slots, nothing that outlives a step."""
 
     def __init__(
@@ -62,11 +63,12 @@ class Executor:
         streams: Streams,
         settings: ExecutorSettings,
     ):
-        self._model, self._streams = model, streams
+        self._head_loss = HeadLoss(model, settings.head_chunk)
+        super().__init__(model, self._head_loss)
+        self._streams = streams
         self._layouts = model.layouts
         self._head = model.head
         self._weights = WeightSlots(streams, store, settings.weight_slots, settings.compute_dtype)
-        self._head_loss = HeadLoss(model, settings.head_chunk)
         self._first = first_trained(self._layouts)
         self._randomness = Randomness(model, streams.device)
         self._passes = Passes(model, self._randomness, self._first)
@@ -144,19 +146,9 @@ class Executor:
             self._backward_embedding(grads, sink)
         return loss
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], version: int, loss_fn: LossFn | None = None) -> list[Tensor]:
-        """Per micro-batch: the summed cross-entropy (or the custom loss), fp32 scalars on the device."""
-        hidden = self._forward_only(batches, version)
-        with self._visit() as (_, params):
-            return [self._head_loss.loss(params, h, b, loss_fn) for h, b in zip(hidden, batches, strict=True)]
-
-    @torch.no_grad()
-    def last_logits(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
-        """Per micro-batch: the logits of each row's last position, [B, V]."""
-        hidden = self._forward_only(batches, version)
-        with self._visit() as (_, params):
-            return [self._model.logits(params, h[:, -1:])[:, 0] for h in hidden]
+    def visits(self, version: int, blocks: Sequence[int] | None = None) -> Visits:
+        """All blocks in order, or only `blocks`; loading begins at once."""
+        return self._weights.visits(range(self._head + 1) if blocks is None else blocks, version)
 
     @torch.no_grad()
     def first_non_finite(self, batches: Sequence[MicroBatch], version: int) -> int | None:
@@ -166,11 +158,11 @@ class Executor:
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
         for _ in range(self._head):
-            with self._visit() as (block, params):
+            with self._weights.visit() as (block, params):
                 hidden = self._forward_block(block, params, batches, hidden, calls)
             if not all(bool(h.isfinite().all()) for h in hidden):
                 return block
-        with self._visit() as (block, params):
+        with self._weights.visit() as (block, params):
             finite = all(self._head_loss.is_finite(params, h, b) for h, b in zip(hidden, batches, strict=True))
         return None if finite else block
 
@@ -211,10 +203,10 @@ class Executor:
         self._weights.begin([0, *layers], version)
         self._model.train(True)
         calls: list[list[Call]] = []
-        with self._visit() as (block, params):
+        with self._weights.visit() as (block, params):
             hidden = self._forward_block(block, params, batches, [], calls)
         for _ in layers:
-            with self._visit() as (block, params):
+            with self._weights.visit() as (block, params):
                 yield block, params, list(hidden), calls
 
     def rehearse_head(self, num_tokens: int, version: int) -> None:
@@ -224,7 +216,7 @@ class Executor:
         num_tokens = min(num_tokens, self._head_loss.chunk)
         tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=self.device)
         batch = MicroBatch({"input_ids": tokens}, tokens, tokens.numel(), {})
-        with self._visit() as (_, params):
+        with self._weights.visit() as (_, params):
             dtype = next(iter(params.values())).dtype
             hidden = self._streams.empty(1, num_tokens, self._model.hidden_size, dtype=dtype).normal_()
             self.gradients.rehearse(self._head)
@@ -237,7 +229,7 @@ class Executor:
         self._weights.begin(timer.blocks, version)
         self._model.train(True)
         for _ in timer.blocks:
-            with self._visit() as (block, params):
+            with self._weights.visit() as (block, params):
                 timer.visit(block, params, kinds)
         return timer.times()
 
@@ -246,16 +238,6 @@ class Executor:
         self._streams.synchronize()
         self._weights.reset()
         self._passes.reset()
-
-    def _forward_only(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
-        self._weights.begin(list(range(self._head + 1)), version)
-        self._model.train(False)
-        hidden: list[Tensor] = []
-        calls: list[list[Call]] = []
-        for _ in range(self._head):
-            with self._visit() as (block, params):
-                hidden = self._forward_block(block, params, batches, hidden, calls)
-        return hidden
 
     def _forward_block(
         self,
@@ -281,13 +263,13 @@ class Executor:
     ) -> ForwardState:
         """The forward of a training step."""
         state = ForwardState([], [])
-        with self._visit() as (_, params):
+        with self._weights.visit() as (_, params):
             for m, batch in enumerate(batches):
                 states, layer_calls = self._passes.embed(m, params, batch, self.gradients)
                 state.hidden.append(states)
                 state.calls.append(layer_calls)
         for _ in range(1, self._head):
-            with self._visit() as (block, params):
+            with self._weights.visit() as (block, params):
                 self._forward_layer(block, params, state, boundaries, recompute.get(block, Recompute.full))
         return state
 
@@ -325,7 +307,7 @@ class Executor:
         losses, grads = [], []
         divisors = _divisors(batches, share, custom=loss_fn is not None)
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink):
+        with self._weights.visit() as (block, params), self._gradients_of(block, sink):
             for m, batch in enumerate(batches):
                 with self._randomness.of(block, m):
                     loss, grad = self._head_loss.backward(
@@ -349,7 +331,7 @@ class Executor:
     ) -> None:
         """Differentiate the next layer of the backward walk; `grads` is replaced in place."""
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
+        with self._weights.visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
             for m, grad in enumerate(grads):
                 if self._passes.keeps_graph((block, m)):
                     grad_hidden = self._passes.backward_kept((block, m), params, grad, self.gradients)
@@ -361,17 +343,9 @@ class Executor:
 
     def _backward_embedding(self, grads: list[Tensor], sink: GradientSink) -> None:
         assert self.gradients is not None
-        with self._visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
+        with self._weights.visit() as (block, params), self._gradients_of(block, sink, _is_single(grads)):
             for m, grad in enumerate(grads):
                 self._passes.backward_kept((block, m), params, grad, self.gradients)
-
-    @contextmanager
-    def _visit(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """The next block of the walk, resident while open."""
-        visit = self._weights.acquire()
-        self._weights.prefetch()
-        yield visit
-        self._weights.release()
 
     @contextmanager
     def _gradients_of(self, block: int, sink: GradientSink, single: bool = False) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from horizon.errors import BatchError
-from horizon.models.blocks import BlockModel
+from horizon.models.blocks import BlockModel, Params
 from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.gradients import GradientSlots
 
@@ -47,6 +48,40 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     # The conversion inside log_softmax saves an fp32 copy of the logits and of their gradient.
     log_probs = F.log_softmax(logits.view(-1, logits.shape[-1]), dim=-1, dtype=torch.float32)
     return F.nll_loss(log_probs, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """How well a model predicts the labels of one batch, each [rows, tokens], at the labels' own positions."""
+
+    log_likelihoods: Tensor  # fp32: of the label, given the tokens before it; 0 where there is none
+    correct: Tensor  # bool: no token was likelier
+    trained: Tensor  # bool: there is a label
+
+    def cpu(self) -> TokenScores:
+        """The same on the CPU."""
+        return TokenScores(self.log_likelihoods.cpu(), self.correct.cpu(), self.trained.cpu())
+
+
+def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: MicroBatch, chunk: int) -> TokenScores:
+    """Scores of one micro-batch, on its device; the logits of `chunk` tokens exist at once.
+
+    Args:
+        params: the head block's parameters.
+        hidden: [B, T, H], the last layer's output.
+    """
+    likelihoods = torch.zeros(batch.targets.shape, dtype=torch.float32, device=hidden.device)
+    correct = torch.zeros(batch.targets.shape, dtype=torch.bool, device=hidden.device)
+    for span, states, targets in chunks(hidden, batch.targets, chunk):
+        logits = model.logits(params, states).view(targets.numel(), -1)
+        labels, trained = targets.reshape(-1).clamp_min(0), targets.reshape(-1) != IGNORED
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        found = log_probs.gather(1, labels[:, None])[:, 0]
+        likelihoods.view(-1)[span] = found.where(trained, 0.0)
+        correct.view(-1)[span] = (logits.argmax(-1) == labels) & trained
+    # What position t predicts is the label of t + 1.
+    shifted = (F.pad(values[:, :-1], (1, 0)) for values in (likelihoods, correct, batch.targets != IGNORED))
+    return TokenScores(*shifted)
 
 
 def custom_loss(loss_fn: LossFn, logits: Tensor, micro_batch: MicroBatch) -> Tensor:

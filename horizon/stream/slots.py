@@ -16,7 +16,8 @@ halves are joined in a slot, as if they came from the host. What is on nvme come
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -185,6 +186,25 @@ class WeightSlots:
         slot.to(SlotState.READY)
         self._current = None
         self.prefetch()
+
+    @contextmanager
+    def visit(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The next block of the walk, resident while open."""
+        visited = self.acquire()
+        self.prefetch()
+        yield visited
+        self.release()
+
+    def visits(self, blocks: Sequence[int], version: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Begin a walk over `blocks`, each of which is resident until the next one is asked for."""
+        self.begin(list(blocks), version)
+
+        def resident() -> Iterator[tuple[int, dict[str, Tensor]]]:
+            for _ in blocks:
+                with self.visit() as visited:
+                    yield visited
+
+        return resident()
 
     def _pass(self) -> str:
         """What the visit about to begin is part of."""

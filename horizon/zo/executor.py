@@ -20,6 +20,7 @@ from torch import Tensor
 from horizon.models.blocks import BlockModel, Params
 from horizon.models.structure import Call
 from horizon.stream.batch import MicroBatch
+from horizon.stream.forward import ForwardPasses, Visits
 from horizon.stream.head import LossFn
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import HBM_UPDATE, Cause
@@ -39,7 +40,7 @@ class _Lane:
     calls: list[list[Call]] = field(default_factory=list)  # per micro-batch and layer
 
 
-class ForwardExecutor:
+class ForwardExecutor(ForwardPasses):
     """Runs blocks on the device; owns what a walk needs there, and the host's weights while it walks.
 
     Args:
@@ -50,9 +51,9 @@ class ForwardExecutor:
         self, model: BlockModel, slots: MasterSlots, copies: Copies, perturber: Perturber, history: History,
         streams: Streams, head_chunk: int, writeback_every: int,
     ):  # fmt: skip
-        self._model, self._slots, self._copies, self._perturb = model, slots, copies, perturber
+        super().__init__(model, HeadLosses(model, head_chunk, streams.device))
+        self._slots, self._copies, self._perturb = slots, copies, perturber
         self._history, self._streams, self._every = history, streams, writeback_every
-        self._head_losses = HeadLosses(model, head_chunk, streams.device)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +75,7 @@ class ForwardExecutor:
             for lane, params in zip(lanes[2 * query : 2 * query + 2], copies, strict=True):
                 if block == self._model.head:
                     losses = [
-                        share_of(batch, loss_fn) * self._head_losses.loss(params, hidden, batch, loss_fn)
+                        share_of(batch, loss_fn) * self._loss.loss(params, hidden, batch, loss_fn)
                         for hidden, batch in zip(lane.hidden, batches, strict=True)
                     ]
                     totals.append(torch.stack(losses).sum())
@@ -82,21 +83,14 @@ class ForwardExecutor:
                     self._pass(block, params, lane, batches)
         return torch.stack(totals)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], version: int, loss_fn: LossFn | None = None) -> list[Tensor]:
-        """Per micro-batch: the summed cross-entropy (or the custom loss) at the weights, doubles on the device.
+    def visits(self, version: int, blocks: Sequence[int] | None = None) -> Visits:
+        """The blocks in order, or only `blocks`, at the weights.
 
         Args:
             version: of the weights; there is no other than the history's.
         """
-        hidden, params = self._forward(batches)
-        return [self._head_losses.loss(params, h, b, loss_fn) for h, b in zip(hidden, batches, strict=True)]
-
-    @torch.no_grad()
-    def last_logits(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
-        """Per micro-batch: the logits of each row's last position, [B, V]."""
-        hidden, params = self._forward(batches)
-        return [self._model.logits(params, h[:, -1:])[:, 0] for h in hidden]
+        wanted = set(range(self._model.head + 1) if blocks is None else blocks)
+        return ((block, params) for block, _, (params,) in self._walk(1, 1, Back.ALL) if block in wanted)
 
     @torch.no_grad()
     def first_non_finite(self, batches: Sequence[MicroBatch]) -> int | None:
@@ -129,21 +123,12 @@ class ForwardExecutor:
                 self._pass(block, params, lane, [batch])
                 seen.add(size)
             elif block == self._model.head:
-                self._head_losses.loss(params, lane.hidden[0], batch, None)
+                self._loss.loss(params, lane.hidden[0], batch, None)
 
     def reset(self) -> None:
         """After a failed walk: wait for what is in flight, then forget it."""
         self._streams.synchronize()
         self._slots.reset()
-
-    def _forward(self, batches: Sequence[MicroBatch]) -> tuple[list[Tensor], Params]:
-        """The last layer's outputs at the weights, and the head's parameters."""
-        lane, params = _Lane(), None
-        for block, _, (params,) in self._walk(1, 1, Back.ALL):
-            if block != self._model.head:
-                self._pass(block, params, lane, batches)
-        assert params is not None
-        return lane.hidden, params
 
     def _walk(self, num_copies: int, num_queries: int, back: Back) -> Iterator[tuple[int, int, list[Params]]]:
         """Visit the blocks in order: (block, query, the parameters in each copy).

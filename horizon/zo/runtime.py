@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy, Recompute
-from horizon.errors import BatchError, BudgetError, ConfigError, HorizonError
+from horizon.errors import BatchError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.plan.machine import (
@@ -36,9 +36,10 @@ from horizon.plan.refusals import check_memory
 from horizon.records import StepResult
 from horizon.report.recording import Recording, record_steps
 from horizon.stream.batch import MicroBatch, num_trained_tokens
+from horizon.stream.guard import guard
 from horizon.stream.head import LossFn, chunk_tokens
 from horizon.stream.streams import Streams
-from horizon.units import MIB, format_bytes
+from horizon.units import MIB
 from horizon.zo.copies import Copies
 from horizon.zo.estimator import (
     History,
@@ -209,19 +210,8 @@ class ZerothOrderRuntime:
             raise self._failure
 
     def guarded(self, work: Callable[[], T]) -> T:
-        """Run device work; whatever fails, wait for what is in flight and forget the walk."""
-        try:
-            with self.streams.entered():
-                return work()
-        except torch.cuda.OutOfMemoryError as error:
-            self.executor.reset()
-            raise BudgetError(
-                f"the device ran out of memory ({str(error).splitlines()[0]}); use a smaller train.micro_batch, or "
-                f"raise memory.device_budget ({format_bytes(self.plan.limits.device)})"
-            ) from error
-        except BaseException:
-            self.executor.reset()
-            raise
+        """Run device work; whatever fails, forget it (`horizon.stream.guard`)."""
+        return guard(self.streams, self.executor, self.plan.limits, work)
 
     def recorded(self, trace: Path | None, picture: Path | None) -> AbstractContextManager[Recording]:
         """See `horizon.report.recording.record_steps`."""
