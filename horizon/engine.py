@@ -24,12 +24,12 @@ from horizon.checkpoint.saves import Save
 from horizon.config.schema import MemoryConfig
 from horizon.diagnosis import report_dropped, said_beside
 from horizon.errors import BatchError, ConfigError, HorizonError
-from horizon.inference import last_logits, mean_loss
+from horizon.inference import last_logits, mean_loss, score_rows
 from horizon.optim.adamw import AdamW
 from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
-from horizon.records import StepResult
+from horizon.records import RowScore, StepResult
 from horizon.report.recording import Recording
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
@@ -107,10 +107,7 @@ class Engine:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
-        """An engine for a randomly initialised model of a transformers config (a dict with `model_type`).
-
-        Keywords and errors as for `from_pretrained`.
-        """
+        """An engine with random weights, of a transformers config (a dict with `model_type`); see `from_pretrained`."""
         return cls.from_pretrained(config, **settings)
 
     # ---- training
@@ -182,6 +179,10 @@ class Engine:
     def evaluate(self, batch: Batch | Sequence[Batch], loss_fn: LossFn | None = None) -> float:
         """The loss without gradients: mean over trained tokens (dropout off)."""
         return mean_loss(self._runtime, self._prepare(batch, loss_fn is None), loss_fn)
+
+    def score(self, batch: Batch | Sequence[Batch]) -> list[RowScore]:
+        """How well each row's labels are predicted, without gradients (dropout off); one a row, in order."""
+        return score_rows(self._runtime, self._prepare(batch, need_labels=True))
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""
@@ -352,9 +353,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
             self._runtime.abandon_saves()  # Ctrl-C: who waits for a disk does not stop at once
         with said_beside(error):

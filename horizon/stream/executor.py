@@ -9,16 +9,17 @@ when backward begins.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from horizon.config.schema import Recompute
 from horizon.layout import first_trained
-from horizon.models.blocks import BlockModel
+from horizon.models.blocks import BlockModel, Params
 from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
 from horizon.plan.cost import StepTimes
@@ -30,9 +31,12 @@ from horizon.stream.gradients import GradientSink, GradientSlots
 from horizon.stream.head import HeadLoss, LossFn
 from horizon.stream.passes import Passes
 from horizon.stream.randomness import Randomness
+from horizon.stream.scores import TokenScores, token_scores
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
 from horizon.stream.timing import PassTimer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +59,7 @@ class ExecutorSettings:
 class Executor:
     """Runs blocks on the device; owns the slots, nothing that outlives a step."""
 
-    def __init__(
-        self,
-        model: BlockModel,
-        store: HostStore,
-        streams: Streams,
-        settings: ExecutorSettings,
-    ):
+    def __init__(self, model: BlockModel, store: HostStore, streams: Streams, settings: ExecutorSettings):
         self._model, self._streams = model, streams
         self._layouts = model.layouts
         self._head = model.head
@@ -147,16 +145,18 @@ class Executor:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], version: int, loss_fn: LossFn | None = None) -> list[Tensor]:
         """Per micro-batch: the summed cross-entropy (or the custom loss), fp32 scalars on the device."""
-        hidden = self._forward_only(batches, version)
-        with self._visit() as (_, params):
-            return [self._head_loss.loss(params, h, b, loss_fn) for h, b in zip(hidden, batches, strict=True)]
+        return self._at_head(batches, version, lambda params, h, b: self._head_loss.loss(params, h, b, loss_fn))
 
     @torch.no_grad()
     def last_logits(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
         """Per micro-batch: the logits of each row's last position, [B, V]."""
-        hidden = self._forward_only(batches, version)
-        with self._visit() as (_, params):
-            return [self._model.logits(params, h[:, -1:])[:, 0] for h in hidden]
+        return self._at_head(batches, version, lambda params, h, _: self._model.logits(params, h[:, -1:])[:, 0])
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch], version: int) -> list[TokenScores]:
+        """Per micro-batch: how well its labels are predicted."""
+        model, chunk = self._model, self._head_loss.chunk
+        return self._at_head(batches, version, lambda params, h, b: token_scores(model, params, h, b, chunk))
 
     @torch.no_grad()
     def first_non_finite(self, batches: Sequence[MicroBatch], version: int) -> int | None:
@@ -247,7 +247,10 @@ class Executor:
         self._weights.reset()
         self._passes.reset()
 
-    def _forward_only(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:
+    def _at_head(
+        self, batches: Sequence[MicroBatch], version: int, look: Callable[[Params, Tensor, MicroBatch], T]
+    ) -> list[T]:
+        """A forward pass; per micro-batch what `look` makes of the head's parameters and the last hidden states."""
         self._weights.begin(list(range(self._head + 1)), version)
         self._model.train(False)
         hidden: list[Tensor] = []
@@ -255,7 +258,8 @@ class Executor:
         for _ in range(self._head):
             with self._visit() as (block, params):
                 hidden = self._forward_block(block, params, batches, hidden, calls)
-        return hidden
+        with self._visit() as (_, params):
+            return [look(params, h, b) for h, b in zip(hidden, batches, strict=True)]
 
     def _forward_block(
         self,

@@ -21,6 +21,7 @@ from horizon.models.blocks import BlockModel, Params
 from horizon.models.structure import Call
 from horizon.stream.batch import MicroBatch
 from horizon.stream.head import LossFn
+from horizon.stream.scores import TokenScores, token_scores
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import HBM_UPDATE, Cause
 from horizon.zo.copies import Copies, pieces_of
@@ -91,6 +92,13 @@ class ForwardExecutor:
         """
         hidden, params = self._forward(batches)
         return [self._head_losses.loss(params, h, b, loss_fn) for h, b in zip(hidden, batches, strict=True)]
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch], version: int) -> list[TokenScores]:
+        """Per micro-batch: how well its labels are predicted at the weights."""
+        hidden, params = self._forward(batches)
+        chunk = self._head_losses.chunk
+        return [token_scores(self._model, params, h, b, chunk) for h, b in zip(hidden, batches, strict=True)]
 
     @torch.no_grad()
     def last_logits(self, batches: Sequence[MicroBatch], version: int) -> list[Tensor]:

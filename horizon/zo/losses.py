@@ -28,7 +28,7 @@ class HeadLosses:
     """
 
     def __init__(self, model: BlockModel, chunk: int, device: torch.device):
-        self._model, self._chunk = model, chunk
+        self._model, self.chunk = model, chunk
         self._cross_entropies = _cross_entropies(device)
 
     def loss(self, params: Params, hidden: Tensor, batch: MicroBatch, loss_fn: LossFn | None) -> Tensor:
@@ -44,7 +44,7 @@ class HeadLosses:
         if loss_fn is not None:
             return _as_scalar(loss_fn(self._model.logits(params, hidden), batch.batch), hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for _, states, targets in chunks(hidden, batch.targets, self._chunk):
+        for _, states, targets in chunks(hidden, batch.targets, self.chunk):
             logits = self._model.logits(params, states)
             total += self._cross_entropies(logits.view(-1, logits.shape[-1]), targets.reshape(-1)).sum(
                 dtype=total.dtype

@@ -1,0 +1,39 @@
+"""How well a model predicts a batch's labels, token by token, from a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from horizon.models.blocks import BlockModel, Params
+from horizon.stream.batch import IGNORED, MicroBatch
+from horizon.stream.head import chunks
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Of one micro-batch, each [rows, tokens], where position t stands for what it predicts: the label of t + 1."""
+
+    losses: Tensor  # fp32: cross-entropy; 0 where there is no label
+    correct: Tensor  # bool: the label is the likeliest token
+    trained: Tensor  # bool: there is a label
+
+
+def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: MicroBatch, chunk: int) -> TokenScores:
+    """Scores on the model's device; the logits of `chunk` tokens exist at once.
+
+    Args:
+        params: the head block's parameters.
+        hidden: [B, T, H], the last layer's output.
+    """
+    losses = torch.empty(batch.targets.shape, dtype=torch.float32, device=hidden.device)
+    likeliest = torch.empty_like(batch.targets)
+    for span, states, targets in chunks(hidden, batch.targets, chunk):
+        logits = model.logits(params, states).view(targets.numel(), -1)
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        losses.view(-1)[span] = F.nll_loss(log_probs, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
+        likeliest.view(-1)[span] = logits.argmax(-1)
+    return TokenScores(losses, likeliest == batch.targets, batch.targets != IGNORED)
