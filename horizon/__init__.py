@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from horizon.config.schema import MemoryConfig, SimulatedCxl, TierRule
     from horizon.engine import Engine
     from horizon.optim.adamw import AdamW
+    from horizon.report.callbacks import Callback
     from horizon.trainer import Trainer
     from horizon.zo.settings import ZerothOrder
 
 __version__ = "0.1.0"
 __all__ = [
     "AdamW",
+    "Callback",
     "Engine",
     "MemoryConfig",
     "SimulatedCxl",
@@ -31,6 +33,7 @@ __all__ = [
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
+    "Callback": "horizon.report.callbacks",
     "Engine": "horizon.engine",
     "MemoryConfig": "horizon.config.schema",
     "TierRule": "horizon.config.schema",

@@ -18,8 +18,8 @@ from types import ModuleType, SimpleNamespace
 from horizon.errors import BudgetError
 
 class Trainer:
-    def __init__(self, config, output_dir):
-        self.config, self.output_dir = config, output_dir
+    def __init__(self, config, output_dir, command):
+        self.config, self.output_dir, self.command = config, output_dir, command
 
     def run(self):
         {body}

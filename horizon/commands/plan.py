@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     from horizon.forecast.outlook import look
     from horizon.forecast.report import as_json, as_text
     from horizon.plan.facts import read_facts
-    from horizon.trainer import check_settings
+    from horizon.run_settings import check_settings
 
     check_settings(config)
     if config.optim.name != "adamw":

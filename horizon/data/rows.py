@@ -28,12 +28,14 @@ class Rows:
     """input_ids, labels (not shifted): int32 [rows, seq_len]; position_ids: the same when packed, else None.
 
     num_tokens: int64 [rows], real tokens in each row. They come first; padding follows.
+    sources: str [rows], the name of what each row comes from; None: all of one source.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     position_ids: NDArray[np.int32] | None
     num_tokens: NDArray[np.int64]
+    sources: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -57,7 +59,8 @@ class Rows:
     def select(self, chosen: NDArray[np.bool_]) -> Rows:
         """Only the rows where `chosen` (bool [rows]) is true."""
         positions = None if self.position_ids is None else self.position_ids[chosen]
-        return Rows(self.input_ids[chosen], self.labels[chosen], positions, self.num_tokens[chosen])
+        sources = None if self.sources is None else self.sources[chosen]
+        return Rows(self.input_ids[chosen], self.labels[chosen], positions, self.num_tokens[chosen], sources)
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """The rows at `indices` as int64 tensors [rows, seq_len], named as transformers names them.
