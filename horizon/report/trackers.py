@@ -131,7 +131,7 @@ class TensorBoard:
 
         make: Any = SummaryWriter  # torch does not type it
         writer = make(log_dir=str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-        writer.add_text("settings", f"```json\n{json.dumps(dataclasses.asdict(config), indent=2)}\n```", done)
+        writer.add_text("settings", f"```json\n{_settings(config)}\n```", done)
         return cls(writer)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -164,7 +164,7 @@ class WandB:
             id=_known(folder, TrackerName.wandb, done),
             resume="allow",
             dir=str(folder),
-            config=dataclasses.asdict(config),
+            config=json.loads(_settings(config)),
             mode="offline" if offline else None,
             settings=wandb.Settings(console="off", silent=True),
         )
@@ -206,8 +206,7 @@ class MLflow:
             found = client.create_experiment(name) if experiment is None else experiment.experiment_id
             run_id = client.create_run(found, run_name=here.name).info.run_id
             _remember(folder, TrackerName.mlflow, run_id)
-        settings = [RunTag("settings", json.dumps(dataclasses.asdict(config)))]
-        client.log_batch(run_id, tags=settings)
+        client.log_batch(run_id, tags=[RunTag("settings", _settings(config))])
         client.update_run(run_id, status="RUNNING")
         return cls(client, run_id, Metric)
 
@@ -235,6 +234,10 @@ OPEN: dict[TrackerName, Callable[[HorizonConfig, Path, int], Tracker]] = {
     TrackerName.wandb: WandB.open,
     TrackerName.mlflow: MLflow.open,
 }
+
+
+def _settings(config: HorizonConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def _is_logged_in() -> bool:
