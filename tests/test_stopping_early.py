@@ -19,6 +19,7 @@ from horizon.data import load_data
 from horizon.errors import ConfigError
 from horizon.run_checkpoints import RunCheckpoints
 from horizon.trainer import Trainer
+from tests.test_docs import METRICS, table
 from tests.test_resuming import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,13 @@ def test_it_ends_early_cleanly_and_says_so(whole, capsys):
     assert "(eval.patience=3)" in summary.stopped_early
     assert list_checkpoints(out / "checkpoints")[-1][0] == summary.steps  # as at the end of any run
     assert json.loads((out / "summary.json").read_text())["stopped_early"] == summary.stopped_early
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl"])
+def test_every_key_that_is_written_stands_in_the_table_of_metrics_and_the_reverse(whole, file):
+    out, _ = whole
+    lines = (out / file).read_text().splitlines()
+    assert lines and all(list(json.loads(line)) == list(table(METRICS, f"## {file}")) for line in lines)
 
 
 @pytest.mark.parametrize("back", [1, 2, 3, 5, 6])

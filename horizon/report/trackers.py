@@ -90,11 +90,18 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(config: HorizonConfig, folder: Path, done: int) -> list[Callback]:
-    """The trackers that the settings name, ready; `done` steps of the folder's run are known to them."""
+    """The trackers that the settings name, ready; `done` steps of the folder's run are known to them.
+
+    Raises:
+        ConfigError: one cannot begin, and all of them are closed.
+    """
     opened: list[Callback] = []
     with ExitStack() as undo:
         for name in config.trackers:
-            tracker = OPEN[name](config, folder, done)
+            try:
+                tracker = OPEN[name](config, folder, done)
+            except Exception as error:  # of their own kinds
+                raise ConfigError(f"trackers={name} cannot begin: {type(error).__name__}: {error}") from error
             undo.callback(tracker.close, failed=True)
             opened.append(Tracking(name, tracker))
         undo.pop_all()

@@ -12,6 +12,8 @@ from horizon.models.blocks import BlockModel, Params
 from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.head import chunks
 
+BF16_COPIES = 3  # of the logits: themselves, and in fp32
+
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
@@ -23,15 +25,16 @@ class TokenScores:
 
 
 def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: MicroBatch, chunk: int) -> TokenScores:
-    """Scores on the model's device; the logits of `chunk` tokens exist at once.
+    """Scores on the model's device.
 
     Args:
         params: the head block's parameters.
         hidden: [B, T, H], the last layer's output.
+        chunk: tokens whose logits a step's head holds at once; of as many bytes there are fewer here, with fp32 copies.
     """
     losses = torch.empty(batch.targets.shape, dtype=torch.float32, device=hidden.device)
     likeliest = torch.empty_like(batch.targets)
-    for span, states, targets in chunks(hidden, batch.targets, chunk):
+    for span, states, targets in chunks(hidden, batch.targets, max(1, chunk // BF16_COPIES)):
         logits = model.logits(params, states).view(targets.numel(), -1)
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         losses.view(-1)[span] = F.nll_loss(log_probs, targets.reshape(-1), ignore_index=IGNORED, reduction="none")

@@ -6,11 +6,13 @@ import math
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from horizon.config.schema import HorizonConfig, TrackerName
 from horizon.errors import ConfigError
+from horizon.report import trackers
 from horizon.report.callbacks import Callbacks
 from horizon.report.trackers import numbers_of, open_trackers, require_trackers
 from tests.report.rows import CHECKPOINT, EVAL, STEP, SUMMARY
@@ -178,6 +180,16 @@ def test_wandb_is_offline_unless_the_user_logged_in(tmp_path, monkeypatch):
     assert not _is_logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert _is_logged_in()
+
+
+def test_a_tracker_that_cannot_begin_is_named_and_the_others_are_closed(tmp_path, monkeypatch):
+    closed = []
+    one = SimpleNamespace(close=lambda failed: closed.append(failed))
+    monkeypatch.setitem(trackers.OPEN, TrackerName.tensorboard, lambda *args: one)
+    monkeypatch.setitem(trackers.OPEN, TrackerName.mlflow, lambda *args: 1 / 0)
+    with pytest.raises(ConfigError, match=r"^trackers=mlflow cannot begin: ZeroDivisionError: division by zero$"):
+        open_trackers(HorizonConfig(trackers=[TrackerName.tensorboard, TrackerName.mlflow]), tmp_path, 0)
+    assert closed == [True]
 
 
 def test_a_tracker_that_cannot_be_used_is_refused_with_the_extra_to_install(monkeypatch):
