@@ -24,15 +24,16 @@ from horizon.checkpoint.saves import Save
 from horizon.config.schema import MemoryConfig
 from horizon.diagnosis import report_dropped, said_beside
 from horizon.errors import BatchError, ConfigError, HorizonError
-from horizon.inference import last_logits, mean_loss, score_rows
+from horizon.inference import last_logits, mean_loss, scores
 from horizon.optim.adamw import AdamW
 from horizon.optim.steps import StepOutcome, WaitingGradients
 from horizon.plan.machine import process_bytes
 from horizon.plan.memory import MemoryPlan
-from horizon.records import RowScore, StepResult
+from horizon.records import StepResult
 from horizon.report.recording import Recording
 from horizon.stream.batch import Batch, MicroBatch, num_trained_tokens, to_micro_batches
 from horizon.stream.head import LossFn
+from horizon.stream.scores import TokenScores
 from horizon.zo.runtime import ZerothOrderOutcome, of_zeroth_order, require_gradients
 from horizon.zo.settings import ZerothOrder
 
@@ -180,9 +181,9 @@ class Engine:
         """The loss without gradients: mean over trained tokens (dropout off)."""
         return mean_loss(self._runtime, self._prepare(batch, loss_fn is None), loss_fn)
 
-    def score(self, batch: Batch | Sequence[Batch]) -> list[RowScore]:
-        """How well each row's labels are predicted, without gradients (dropout off); one a row, in order."""
-        return score_rows(self._runtime, self._prepare(batch, need_labels=True))
+    def score(self, batch: Batch | Sequence[Batch]) -> list[TokenScores]:
+        """How well the labels of each batch are predicted, token by token, on the CPU (dropout off)."""
+        return scores(self._runtime, self._prepare(batch, need_labels=True))
 
     def next_token_logits(self, batch: Batch) -> Tensor:
         """Logits after each row's last position: fp32 [rows, vocabulary] on the CPU (dropout off)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,9 @@ from horizon.checkpoint.schedule import Due, parse_interval
 from horizon.config.schema import EvalConfig, HorizonConfig
 from horizon.data import Rows
 from horizon.errors import ConfigError, DataError
-from horizon.records import EvalRow, RowScore, Score
+from horizon.records import EvalRow, Score
 from horizon.report.metrics import MetricsWriter, cut_rows
+from horizon.stream.scores import TokenScores
 
 METRICS = "evaluations.jsonl"
 
@@ -58,8 +59,17 @@ def check_eval_settings(config: HorizonConfig) -> None:
 class Scoring(Protocol):
     """The engine, as far as it is asked here."""
 
-    def score(self, batch: Batches) -> list[RowScore]:
-        """How well each row's labels are predicted."""
+    def score(self, batch: Batches) -> list[TokenScores]:
+        """How well the labels of each micro-batch are predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """How well the labels of one row are predicted."""
+
+    loss: float  # summed cross-entropy
+    num_correct: int  # labels that are the likeliest token
+    num_tokens: int  # labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +207,7 @@ class Evaluation:
 
     def _score(self, step: int) -> EvalRow:
         started = time.perf_counter()
-        found = [score for batches in self._held_out.passes for score in self._engine.score(batches)]
+        found = [row for batches in self._held_out.passes for row in rows_of(self._engine.score(batches))]
         by_source = defaultdict(list)
         for name, score in zip(self._held_out.sources, found, strict=bool(self._held_out.sources)):
             by_source[name].append(score)
@@ -213,6 +223,13 @@ class Evaluation:
             seconds=time.perf_counter() - started,
             time=time.time(),
         )
+
+
+def rows_of(scores: Iterable[TokenScores]) -> Iterator[RowScore]:
+    """The score of each row, in the order of the batches."""
+    for batch in scores:
+        losses, correct, trained = -batch.log_likelihoods.double().sum(1), batch.correct.sum(1), batch.trained.sum(1)
+        yield from map(RowScore, losses.tolist(), correct.tolist(), trained.tolist())
 
 
 def score_of(rows: Iterable[RowScore]) -> Score:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from horizon.records import RowScore
 from horizon.runtime import Runtime
 from horizon.stream.batch import MicroBatch, num_trained_tokens
 from horizon.stream.head import LossFn
@@ -23,17 +22,10 @@ def mean_loss(runtime: Runtime | ZerothOrderRuntime, batches: Sequence[MicroBatc
     return sum(loss * w for loss, w in zip(losses, weights, strict=True)) / num_trained_tokens(batches)
 
 
-def score_rows(runtime: Runtime | ZerothOrderRuntime, batches: Sequence[MicroBatch]) -> list[RowScore]:
-    """How well each row's labels are predicted."""
+def scores(runtime: Runtime | ZerothOrderRuntime, batches: Sequence[MicroBatch]) -> list[TokenScores]:
+    """How well the labels of each batch are predicted, on the CPU."""
     executor = runtime.executor
-    scores = runtime.guarded(lambda: [_sums(s) for s in executor.score(batches, runtime.version)])
-    return [RowScore(loss, int(correct), int(trained)) for sums in scores for loss, correct, trained in sums.tolist()]
-
-
-def _sums(scores: TokenScores) -> Tensor:
-    """Per row (loss, correct tokens, trained tokens): doubles [rows, 3] on the CPU."""
-    parts = (scores.losses, scores.correct, scores.trained)
-    return torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1).cpu()
+    return runtime.guarded(lambda: [found.cpu() for found in executor.score(batches, runtime.version)])
 
 
 def last_logits(runtime: Runtime | ZerothOrderRuntime, batches: Sequence[MicroBatch]) -> Tensor:

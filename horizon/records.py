@@ -19,15 +19,6 @@ class StepResult:
     projected_gradients: tuple[float, ...] = ()  # zeroth order: (L+ - L-) / (2 eps) of each query; grad_norm is NaN
 
 
-@dataclass(frozen=True, slots=True)
-class RowScore:
-    """How well the labels of one row of tokens are predicted."""
-
-    loss: float  # summed cross-entropy
-    num_correct: int  # labels that are the likeliest token
-    num_tokens: int  # labels
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
     """One optimizer step, one line of `metrics.jsonl`. NaN and infinities are written as null."""

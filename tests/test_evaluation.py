@@ -17,17 +17,18 @@ from horizon.evaluation import (
     Evaluation,
     HeldOut,
     Patience,
+    RowScore,
     check_eval_settings,
     check_held_out,
     describe_eval,
     perplexity,
     score_of,
 )
-from horizon.records import RowScore
 from horizon.run_settings import check_settings
+from horizon.stream.scores import TokenScores
 
 
-def rows_of(num, sources=None):
+def rows(num, sources=None):
     """Rows that tell their number by their tokens."""
     ids = np.repeat(np.arange(num, dtype=np.int32)[:, None], 4, 1)
     return Rows(ids, ids, None, np.full(num, 4), None if sources is None else np.array(sources))
@@ -36,13 +37,16 @@ def rows_of(num, sources=None):
 class Scorer:
     """An engine to which row r has the loss r for each of its r + 1 labels, of which one is predicted."""
 
-    def __init__(self, worse=0.0):
-        self.asked, self.worse = [], worse
+    def __init__(self):
+        self.asked = []
 
     def score(self, batches):
         self.asked.append([batch["input_ids"][:, 0].tolist() for batch in batches])
-        numbers = torch.cat([batch["input_ids"][:, 0] for batch in batches]).tolist()
-        return [RowScore((n + self.worse) * (n + 1), 1, n + 1) for n in numbers]
+        return [self.scores_of(batch["input_ids"][:, 0]) for batch in batches]
+
+    def scores_of(self, numbers):
+        trained = torch.arange(10) <= numbers[:, None]
+        return TokenScores(-numbers[:, None].float() * trained, trained & (torch.arange(10) == 0), trained)
 
 
 def evaluation(tmp_path, held_out, engine=None, kept=0, tell=lambda row: None, **settings):
@@ -54,16 +58,16 @@ def written(tmp_path):
 
 
 def test_rows_go_through_the_model_a_step_at_a_time_in_micro_batches():
-    held_out = HeldOut.of(rows_of(9), num_rows=7, rows_at_once=4, micro_batch=3)
+    held_out = HeldOut.of(rows(9), num_rows=7, rows_at_once=4, micro_batch=3)
     found = [[batch["input_ids"][:, 0].tolist() for batch in batches] for batches in held_out.passes]
     assert found == [[[0, 1, 2], [3]], [[4, 5, 6]]]
     assert HeldOut.of(None, 4, 4, 3) == HeldOut((), ())
-    assert HeldOut.of(rows_of(3), 0, 4, 3).passes == ()
+    assert HeldOut.of(rows(3), 0, 4, 3).passes == ()
 
 
 def test_every_label_counts_the_same_in_all_and_by_source(tmp_path):
     names, heard = ["prose", "code", "prose", "code", "prose"], []
-    held_out = HeldOut.of(rows_of(5, names), num_rows=4, rows_at_once=3, micro_batch=2)
+    held_out = HeldOut.of(rows(5, names), num_rows=4, rows_at_once=3, micro_batch=2)
     with evaluation(tmp_path, held_out, tell=heard.append) as found:
         row = found.at(7)
     assert row.loss == pytest.approx((0 * 1 + 1 * 2 + 2 * 3 + 3 * 4) / 10)
@@ -84,17 +88,17 @@ def test_every_label_counts_the_same_in_all_and_by_source(tmp_path):
 
 @pytest.mark.parametrize("names", [None, ["only"] * 3])
 def test_one_source_is_not_told_apart(tmp_path, names):
-    with evaluation(tmp_path, HeldOut.of(rows_of(3, names), 3, 3, 3)) as found:
+    with evaluation(tmp_path, HeldOut.of(rows(3, names), 3, 3, 3)) as found:
         assert found.at(0).sources == {}
 
 
 def test_sources_stay_with_their_rows_when_rows_are_selected():
-    rows = rows_of(3, ["a", "b", "c"]).select(np.array([True, False, True]))
-    assert rows.sources.tolist() == ["a", "c"] and rows.input_ids[:, 0].tolist() == [0, 2]
+    found = rows(3, ["a", "b", "c"]).select(np.array([True, False, True]))
+    assert found.sources.tolist() == ["a", "c"] and found.input_ids[:, 0].tolist() == [0, 2]
 
 
 def test_a_step_is_scored_once_and_a_row_written_once(tmp_path):
-    engine, held_out = Scorer(), HeldOut.of(rows_of(2), 2, 2, 2)
+    engine, held_out = Scorer(), HeldOut.of(rows(2), 2, 2, 2)
     with evaluation(tmp_path, held_out, engine) as found:
         assert found.at(0) is found.at(0)
         found.at(3)
@@ -118,7 +122,7 @@ def test_without_rows_there_is_nothing(tmp_path):
 
 @pytest.mark.parametrize(("every", "due"), [(None, []), ("3", [3, 6, 9]), ("25tokens", [3, 5, 8, 10]), ("1h", [])])
 def test_it_is_due_when_eval_every_says_so(tmp_path, every, due):
-    with evaluation(tmp_path, HeldOut.of(rows_of(2), 2, 2, 2), every=every) as found:
+    with evaluation(tmp_path, HeldOut.of(rows(2), 2, 2, 2), every=every) as found:
         found.begin(0, 0)
         seen = []
         for step in range(1, 11):
@@ -129,7 +133,7 @@ def test_it_is_due_when_eval_every_says_so(tmp_path, every, due):
 
 
 def test_a_resumed_run_scores_where_it_would_have(tmp_path):
-    with evaluation(tmp_path, HeldOut.of(rows_of(2), 2, 2, 2), every="4") as found:
+    with evaluation(tmp_path, HeldOut.of(rows(2), 2, 2, 2), every="4") as found:
         found.begin(6, 60)
         assert [step for step in range(7, 10) if found.is_due(step, 10 * step)] == [8, 9]
 
@@ -217,7 +221,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 def test_data_that_hold_nothing_out_are_refused_where_that_is_needed(config, message):
     with pytest.raises(DataError, match=message):
         check_held_out(config, HeldOut((), ()))
-    check_held_out(config, HeldOut.of(rows_of(1), 1, 1, 1))
+    check_held_out(config, HeldOut.of(rows(1), 1, 1, 1))
     check_held_out(HorizonConfig(), HeldOut((), ()))
 
 

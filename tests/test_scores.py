@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import horizon
 from horizon.errors import BatchError
-from horizon.records import RowScore
+from horizon.evaluation import RowScore, rows_of
 from horizon.stream import executor
 from horizon.zo import executor as zo_executor
 from tests.test_engine import CONFIG
@@ -37,9 +37,11 @@ def test_scores_are_those_of_the_plain_model(monkeypatch, optimizer, chunk):
     batches[0]["input_ids"][0] = torch.arange(16) + 3  # counts up
     batches[0]["labels"][0] = batches[0]["input_ids"][0]
     with horizon.Engine.from_pretrained(model, device="cpu", self_check=False, optimizer=optimizer) as engine:
-        found = engine.score(batches)
+        scores = engine.score(batches)
         mean = engine.evaluate(batches)
-    expected = []
+    assert [s.correct.shape for s in scores] == [(3, 16), (2, 16)]
+    assert not any((s.correct & ~s.trained).any() or s.log_likelihoods[~s.trained].any() for s in scores)
+    found, expected = list(rows_of(scores)), []
     for batch in batches:
         with torch.no_grad():
             logits = model(batch["input_ids"]).logits[:, :-1]

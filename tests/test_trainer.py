@@ -26,9 +26,10 @@ from horizon.config.schema import (
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
 from horizon.plan.memory import Limits
-from horizon.records import RowScore, StepSplit, Traffic
+from horizon.records import StepSplit, Traffic
 from horizon.run_settings import LR_RANDOM, check_settings, with_lr
 from horizon.sampling import generate
+from horizon.stream.scores import TokenScores
 from horizon.trainer import Trainer, recorded_steps
 
 SPLIT = StepSplit(
@@ -77,9 +78,15 @@ class FakeEngine:
 
     def score(self, batches):
         """Rows that each have 10 labels and the step's loss."""
-        num_rows = sum(len(batch["input_ids"]) for batch in batches)
-        self.evaluated.append((len(self.lrs), num_rows))
-        return [RowScore(10 * self.loss_at(len(self.lrs)), 4, 10)] * num_rows
+        step, shapes = len(self.lrs), [(len(batch["input_ids"]), 10) for batch in batches]
+        self.evaluated.append((step, sum(num_rows for num_rows, _ in shapes)))
+        correct = torch.arange(10) < 4
+        return [
+            TokenScores(
+                torch.full(shape, -self.loss_at(step), dtype=torch.double), correct.expand(shape), torch.ones(shape)
+            )
+            for shape in shapes
+        ]
 
     def next_token_logits(self, batch):
         ids = batch["input_ids"]

@@ -19,9 +19,13 @@ BF16_COPIES = 3  # of the logits: themselves, and in fp32
 class TokenScores:
     """Of one micro-batch, each [rows, tokens], where position t stands for what it predicts: the label of t + 1."""
 
-    losses: Tensor  # fp32: cross-entropy; 0 where there is no label
+    log_likelihoods: Tensor  # fp32, of the label; 0 where there is none
     correct: Tensor  # bool: the label is the likeliest token
     trained: Tensor  # bool: there is a label
+
+    def cpu(self) -> TokenScores:
+        """The same on the CPU."""
+        return TokenScores(self.log_likelihoods.cpu(), self.correct.cpu(), self.trained.cpu())
 
 
 def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: MicroBatch, chunk: int) -> TokenScores:
@@ -39,4 +43,4 @@ def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: Micro
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         losses.view(-1)[span] = F.nll_loss(log_probs, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
         likeliest.view(-1)[span] = logits.argmax(-1)
-    return TokenScores(losses, likeliest == batch.targets, batch.targets != IGNORED)
+    return TokenScores(-losses, likeliest == batch.targets, batch.targets != IGNORED)
