@@ -26,7 +26,7 @@ from horizon.report.callbacks import Callback, Callbacks
 from horizon.report.console import StepDisplay
 from horizon.report.ending import describe_end, describe_stop
 from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
-from horizon.report.trackers import open_trackers
+from horizon.report.trackers import import_trackers, open_trackers
 from horizon.run_checkpoints import RunCheckpoints, Start, data_facts
 from horizon.run_settings import build_engine, check_settings, with_lr, write_config
 from horizon.sampling import generate, sample_prompt
@@ -104,6 +104,7 @@ class Trainer:
             if self.step >= self.config.train.steps and not self.rows:
                 raise ConfigError(f"train.steps={self.config.train.steps}, but {self.start.folder} is at {self.step}")
             with self._telling_failures(checkpoints):
+                import_trackers(self.config.trackers)
                 with self._advising(len(data.tokenizer)):
                     engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
                 with engine:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PACKAGES = {TrackerName.tensorboard: "tensorboard", TrackerName.wandb: "wandb", TrackerName.mlflow: "mlflow"}
+MODULES = PACKAGES | {TrackerName.tensorboard: "torch.utils.tensorboard"}
 IDS = "trackers.json"  # what the trackers call the run, by their names: a resumed run is the same to them
 PROJECT = "horizon"
 FLUSH_S = 5.0  # between two times that MLflow's database is written
@@ -89,12 +91,21 @@ def require_trackers(names: Sequence[str]) -> None:
         raise ConfigError(f"trackers=[{','.join(names)}] names one twice")
 
 
+def import_trackers(names: Sequence[TrackerName]) -> None:
+    """Load the packages: done before a plan is made, what they take of the host's memory is counted there."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else they report uses and crashes to their makers
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in names:
+        import_module(MODULES[name])
+
+
 def open_trackers(config: HorizonConfig, folder: Path, done: int) -> list[Callback]:
     """The trackers that the settings name, ready; `done` steps of the folder's run are known to them.
 
     Raises:
         ConfigError: one cannot begin, and all of them are closed.
     """
+    import_trackers(config.trackers)
     opened: list[Callback] = []
     with ExitStack() as undo:
         for name in config.trackers:
@@ -160,11 +171,9 @@ class WandB:
     @classmethod
     def open(cls, config: HorizonConfig, folder: Path, done: int) -> Self:
         """W&B's own environment variables apply; it gets the settings, and nothing of what is printed."""
-        offline = not (os.environ.get("WANDB_MODE") or _is_logged_in())
-        if offline:
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would report its own crashes
         import wandb
 
+        offline = not (os.environ.get("WANDB_MODE") or _is_logged_in())
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", folder.resolve().name),
@@ -200,7 +209,6 @@ class MLflow:
     @classmethod
     def open(cls, config: HorizonConfig, folder: Path, done: int) -> Self:
         """MLflow's own environment variables apply; the settings become tags."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, RunTag
 
