@@ -1,4 +1,4 @@
-"""The real trackers, read back: each has every number of every row at its step, and asks no network for anything."""
+"""The real trackers, read back: each has every number of every row at its step, in the run's own folder."""
 
 import dataclasses
 import json
