@@ -9,9 +9,9 @@ import horizon
 from horizon import trainer as module
 from horizon.config.schema import EvalConfig
 from horizon.errors import CallbackError, ConfigError
-from horizon.records import CheckpointRow, EvalRow, RunSummary, StepRow
+from horizon.records import EvalRow, RunSummary, StepRow
 from horizon.trainer import Trainer, recorded_steps
-from tests.test_trainer import FakeEngine, config, read_rows  # noqa: F401
+from tests.test_trainer import FakeEngine, make_config, read_rows
 
 
 class Listener(horizon.Callback):
@@ -46,6 +46,11 @@ class Listener(horizon.Callback):
 
 
 @pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path)
+
+
+@pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs the trainer on a fake engine whose losses are given; gives the engine and the summary or the error."""
 
@@ -69,7 +74,7 @@ def evaluations(folder):
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_callbacks_hear_of_everything_in_order_and_of_what_is_written(config, run, tmp_path):  # noqa: F811
+def test_callbacks_hear_of_everything_in_order_and_of_what_is_written(config, run, tmp_path):
     listener = Listener()
     _, summary = run(with_eval(config, every="2"), callbacks=iter([listener]))
     assert listener.order == [
@@ -86,7 +91,7 @@ def test_callbacks_hear_of_everything_in_order_and_of_what_is_written(config, ru
     assert listener.heard[-1][1] == summary and summary.stopped_early is None
 
 
-def test_a_callback_that_fails_ends_the_run_and_all_hear_of_it(config, run, tmp_path, capsys):  # noqa: F811
+def test_a_callback_that_fails_ends_the_run_and_all_hear_of_it(config, run, tmp_path, capsys):
     bad, other = Listener(fail_at=("step", 3)), Listener()
     engine, error = run(config, callbacks=[bad, other])
     assert isinstance(error, CallbackError)
@@ -96,13 +101,13 @@ def test_a_callback_that_fails_ends_the_run_and_all_hear_of_it(config, run, tmp_
     assert "stopped after step 3 of 5" in capsys.readouterr().out
 
 
-def test_a_callback_that_is_none_is_refused_before_anything_is_read(config, tmp_path):  # noqa: F811
+def test_a_callback_that_is_none_is_refused_before_anything_is_read(config, tmp_path):
     config.data.path = "/no/such/texts"
     with pytest.raises(ConfigError, match=r"is no horizon\.Callback"):
         Trainer(config, tmp_path / "out", callbacks=[print])
 
 
-def test_a_step_is_recorded_without_the_evaluation_behind_it(config, run):  # noqa: F811
+def test_a_step_is_recorded_without_the_evaluation_behind_it(config, run):
     config.train.steps = 8
     for every, expected in (("1", (3, 3)), ("2", (3, 4)), ("100", recorded_steps(8))):
         engine, _ = run(with_eval(config, every=every))
@@ -115,7 +120,7 @@ LOSSES = {0: 3.0, 1: 2.0, 2: 2.5, 3: 1.9, 4: 1.95, 5: 1.95}
 @pytest.mark.parametrize(
     ("patience", "min_delta", "last"), [(1, 0.0, 2), (2, 0.0, 5), (2, 0.2, 3), (3, 0.0, 9), (None, 0.0, 9)]
 )
-def test_a_run_ends_early_when_it_no_longer_gets_better(config, run, tmp_path, capsys, patience, min_delta, last):  # noqa: F811
+def test_a_run_ends_early_when_it_no_longer_gets_better(config, run, tmp_path, capsys, patience, min_delta, last):
     config.train.steps = 9
     settings = with_eval(config, every="1", patience=patience, min_delta=min_delta)
     engine, summary = run(settings, loss_at=lambda step: LOSSES.get(step, 1.8 - step / 100))
@@ -130,7 +135,7 @@ def test_a_run_ends_early_when_it_no_longer_gets_better(config, run, tmp_path, c
         assert summary.stopped_early is None and "stopped early" not in out
 
 
-def test_an_evaluation_between_steps_is_told(config, run, capsys):  # noqa: F811
+def test_an_evaluation_between_steps_is_told(config, run, capsys):
     run(with_eval(config, every="4"))
     out, err = capsys.readouterr()
     assert "validation loss before training: 3.0000 (perplexity 20.09, accuracy 40.0%)" in out
@@ -138,7 +143,7 @@ def test_an_evaluation_between_steps_is_told(config, run, capsys):  # noqa: F811
     assert "validation loss after training: 2.0000" in out
 
 
-def test_the_share_of_the_resident_speed_is_that_of_the_predicted_arithmetic(config, run, tmp_path, monkeypatch):  # noqa: F811
+def test_the_share_of_the_resident_speed_is_that_of_the_predicted_arithmetic(config, run, tmp_path, monkeypatch):
     class Predicting(FakeEngine):
         def __init__(self, *args):
             super().__init__(*args)
@@ -149,12 +154,12 @@ def test_the_share_of_the_resident_speed_is_that_of_the_predicted_arithmetic(con
     assert all(row["resident_share"] == pytest.approx(0.001 / row["seconds"]) for row in read_rows(tmp_path / "out"))
 
 
-def test_without_a_prediction_there_is_no_share(config, run, tmp_path):  # noqa: F811
+def test_without_a_prediction_there_is_no_share(config, run, tmp_path):
     run(config)
     assert {row["resident_share"] for row in read_rows(tmp_path / "out")} == {None}
 
 
-def test_a_failure_without_checkpoints_says_so(config, run, tmp_path, capsys):  # noqa: F811
+def test_a_failure_without_checkpoints_says_so(config, run, tmp_path, capsys):
     def fail(step):
         if step == 3:
             raise OSError("disk")
@@ -163,4 +168,3 @@ def test_a_failure_without_checkpoints_says_so(config, run, tmp_path, capsys):  
     out = capsys.readouterr().out
     assert f"stopped after step 2 of 5; metrics in {tmp_path / 'out/metrics.jsonl'}" in out
     assert "no checkpoint is on disk to go on from (checkpoint.save_every=None)" in out
-    assert CheckpointRow.__name__ not in out

@@ -97,8 +97,8 @@ class FakeEngine:
         self.saved = (folder, tokenizer)
 
 
-@pytest.fixture
-def config(tmp_path):
+def make_config(tmp_path):
+    """Settings of a short run on ten small texts."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "abcdefghij":
@@ -110,6 +110,11 @@ def config(tmp_path):
         train=TrainConfig(steps=5, batch_size=4, seq_len=32, sample_tokens=3, sample_prompt="abc"),
         eval=EvalConfig(rows=7),
     )
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path)
 
 
 @pytest.fixture
