@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from horizon.engine import Engine
     from horizon.inference import InferenceEngine
     from horizon.optim.adamw import AdamW
+    from horizon.report.callbacks import Callback
     from horizon.trainer import Trainer
     from horizon.zo.settings import ZerothOrder
 
 __version__ = "0.1.0"
 __all__ = [
     "AdamW",
+    "Callback",
     "Engine",
     "InferenceEngine",
     "MemoryConfig",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "AdamW": "horizon.optim.adamw",
+    "Callback": "horizon.report.callbacks",
     "Engine": "horizon.engine",
     "InferenceEngine": "horizon.inference",
     "MemoryConfig": "horizon.config.schema",

@@ -151,10 +151,10 @@ def _train(arguments: list[str]) -> int:
         _print_error(error)
         failures.append(error)
 
-    def task(config: HorizonConfig, output_dir: Path) -> float | None:
+    def task(config: HorizonConfig, output_dir: Path, command: str) -> float | None:
         from horizon.trainer import Trainer
 
-        return Trainer(config, output_dir).run().validation_loss_after  # what a sweeper may minimise
+        return Trainer(config, output_dir, command=command).run().validation_loss_after  # what a sweeper may minimise
 
     run_with_hydra(task, arguments, report)
     return 1 if failures else 0
@@ -215,7 +215,7 @@ def _complete(arguments: list[str]) -> int:
             print(" ".join(name for name in COMMANDS if name.startswith(command)))
             return 0
         os.environ["COMP_LINE"] = f"{program} {rest}"
-    run_with_hydra(lambda config, output_dir: None, ["-sc", *arguments], _print_error)
+    run_with_hydra(lambda *run: None, ["-sc", *arguments], _print_error)
     return 0
 
 

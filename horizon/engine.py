@@ -108,10 +108,7 @@ class Engine(InferenceEngine):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **settings: Any) -> Engine:
-        """An engine for a randomly initialised model of a transformers config (a dict with `model_type`).
-
-        Keywords and errors as for `from_pretrained`.
-        """
+        """An engine with random weights, of a transformers config (a dict with `model_type`); see `from_pretrained`."""
         return cls.from_pretrained(config, **settings)
 
     # ---- training

@@ -46,5 +46,9 @@ class BatchError(HorizonError):
     """A batch handed to the engine cannot be trained on."""
 
 
+class CallbackError(HorizonError):
+    """A callback of the user's raised an exception, which is the cause of this one."""
+
+
 class NonFiniteError(HorizonError):
     """A loss or a gradient is NaN or infinite."""

@@ -37,9 +37,36 @@ class StepRow:
     skipped: bool  # the gradients were not finite and the weights stayed (train.on_nonfinite=skip)
     clip_scale: float  # what the gradients were multiplied by; below 1: clipped
     corrected_blocks: int  # updated before the norm was known, and again because it clipped (optim.clip=speculative)
+    resident_share: float  # the step's predicted arithmetic / seconds; null: the plan predicted nothing
     projected_gradients: list[float]  # optim=mezo: (L+ - L-) / (2 eps) of each query; grad_norm is then null
     simulated: bool  # the cxl tier was a stand-in (memory.cxl_simulated.size): no time here is that of a real one
     time: float  # when the step ended, seconds since 1970
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How well labels are predicted."""
+
+    loss: float  # mean cross-entropy
+    perplexity: float  # exp(loss)
+    accuracy: float  # share of the labels that are the likeliest token
+    num_tokens: int  # labels
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRow:
+    """Held-out rows, scored once: one line of `evaluations.jsonl`."""
+
+    step: int  # optimizer steps that the weights have seen; 0: before training
+    loss: float  # mean cross-entropy of all labels
+    perplexity: float  # exp(loss)
+    accuracy: float  # share of the labels that are the likeliest token
+    num_tokens: int  # labels
+    num_rows: int
+    sources: dict[str, Score]  # the same of each source's rows; empty where all rows are of one
+    seconds: float
+    time: float  # when it was done, seconds since 1970
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +131,9 @@ class RunSummary:
     clipped_steps: int
     corrected_blocks: int  # of all steps
     simulated: bool  # the cxl tier was a stand-in
-    validation_loss_before: float | None  # None: no rows were held out, or train.eval_rows=0
+    validation_loss_before: float | None  # None: no rows were held out, or eval.rows=0
     validation_loss_after: float | None
+    stopped_early: str | None  # why, where eval.patience ended the run before train.steps
     sample_before: str | None  # None: train.sample_tokens=0
     sample_after: str | None
     split: StepSplit | None  # None: the run had been finished before, and had no step left

@@ -24,6 +24,7 @@ from horizon.config.schema import CheckpointConfig, HorizonConfig
 from horizon.data import Rows
 from horizon.errors import CheckpointError, ConfigError, HorizonError
 from horizon.interrupts import Interrupts
+from horizon.records import CheckpointRow
 from horizon.report.metrics import METRICS_FILE, MetricsWriter
 from horizon.units import format_bytes
 
@@ -75,8 +76,8 @@ def check_checkpoint_settings(config: HorizonConfig) -> None:
         parse_interval(settings.save_every)
     if settings.keep is not None and settings.keep < 1:
         raise ConfigError(f"checkpoint.keep={settings.keep} must be at least 1, or null to keep all")
-    if settings.keep_best and not config.train.eval_rows:
-        raise ConfigError("checkpoint.keep_best=true has no loss to go by: set train.eval_rows above 0")
+    if settings.keep_best and not config.eval.rows:
+        raise ConfigError("checkpoint.keep_best=true has no loss to go by: set eval.rows above 0")
     if config.optim.name == "mezo" and (settings.save_every is not None or settings.keep_best):
         raise ConfigError(
             f"checkpoint.save_every={settings.save_every} and keep_best={settings.keep_best} are not for optim=mezo, "
@@ -167,16 +168,27 @@ class RunCheckpoints:
         """Whether a run that begins there goes on with what this run's folder holds."""
         return start.folder is not None and start.folder.resolve().parent == self.folder.resolve()
 
+    @property
+    def newest(self) -> Path | None:
+        """The last checkpoint of the run that is on disk."""
+        existing = list_checkpoints(self.folder) if self.is_on else []
+        return existing[-1][1] if existing else None
+
     def plan(self, engine: Engine) -> None:
         """Have the engine's plan include what saves need."""
         if self.is_on:
             engine.plan_checkpoints(self._config.staging)
 
-    def begin(self, start: Start, engine: Engine, note: Note) -> None:
-        """Training begins; `note` gives what a checkpoint is to remember of the run."""
+    def begin(self, start: Start, engine: Engine, note: Note, tell: Callable[[CheckpointRow], None]) -> None:
+        """Training begins.
+
+        Args:
+            note: gives what a checkpoint is to remember of the run.
+            tell: hears of each checkpoint when it is on disk.
+        """
         if self.is_on:
             assert self._config.save_every is not None
-            self._engine, self._note = engine, note
+            self._engine, self._note, self._tell = engine, note, tell
             self._due = Due(parse_interval(self._config.save_every), start.step, start.tokens)
             self._last_step = start.step if start.folder is not None else -1
             self._metrics = self._release.enter_context(MetricsWriter(self._metrics_path, append=True))
@@ -195,7 +207,7 @@ class RunCheckpoints:
         if interrupts.requested is not None:
             print(f"\n{interrupts.requested}: saving step {step}; once more stops at once", flush=True)
             self.finish(step)
-            print(f"saved {self.last}; resume=auto with the same hydra.run.dir goes on from it", flush=True)
+            print(f"saved {self.last}", flush=True)
             raise KeyboardInterrupt
         if self._due.is_due(step, tokens):
             if self._save is None:
@@ -239,6 +251,7 @@ class RunCheckpoints:
         save, self._save = self._save, None
         row = save.wait()
         self._metrics.write(row)
+        self._tell(row)
         log.info(
             "checkpoint %s: %s in %.1f s, %s/s; training waited %.3f s, of that %.3f s for the disk",
             save.folder.name, format_bytes(row.num_bytes), row.seconds, format_bytes(row.bytes_per_s), row.stall_s,

@@ -6,6 +6,7 @@ killed, the metrics have all steps that the log has. One run at a time writes th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from horizon.checkpoint.folder import FolderLock
 from horizon.config.schema import HorizonConfig
 from horizon.errors import CheckpointError, ConfigError
 from horizon.interrupts import Interrupts
+from horizon.records import CheckpointRow
 from horizon.run_checkpoints import AUTO, Note, RunCheckpoints, Start
 from horizon.zo.replay import ReplayLog, ReplayWriter, read_log, whole_lines
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from horizon.engine import Engine
 
 LOG_FILE = "replay.jsonl"
-PLACE = "step", "tokens", "epoch", "position"  # of what a run notes, all that changes from step to step
+PLACE = "step", "tokens", "epoch", "position", "patience"  # of what a run notes, all that changes from step to step
 
 
 class RunLog:
@@ -82,11 +84,16 @@ class RunLog:
         """Whether a run that begins there goes on with what this run's folder holds."""
         return start.folder is not None and start.folder.resolve() == self.path.resolve()
 
+    @property
+    def newest(self) -> Path | None:
+        """The log, if a step is in it."""
+        return self.path if self.path.is_file() else None
+
     def plan(self, engine: Engine) -> None:
         """A log needs no room."""
 
-    def begin(self, start: Start, engine: Engine, note: Note) -> None:
-        """Training begins: take the steps that were taken before.
+    def begin(self, start: Start, engine: Engine, note: Note, tell: Callable[[CheckpointRow], None]) -> None:
+        """Training begins: take the steps that were taken before. A log has no checkpoints to `tell` of.
 
         Raises:
             CheckpointError: the log is of other weights or settings.
@@ -117,7 +124,6 @@ class RunLog:
         if interrupts.requested is not None:
             self.finish(step)
             print(f"\n{interrupts.requested}: step {step} is in {self.path}", flush=True)
-            print("resume=auto with the same hydra.run.dir goes on from it", flush=True)
             raise KeyboardInterrupt
 
     def begin_last(self, step: int) -> None:

@@ -1,11 +1,10 @@
-"""What a run looks at besides its steps: held-out rows, and a sample of what the model writes."""
+"""A sample of what the model writes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from horizon.data import TextData
@@ -19,14 +18,6 @@ if TYPE_CHECKING:
 
 SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
 PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
-
-
-def validation_batches(data: TextData, num_rows: int, micro_batch: int) -> list[dict[str, torch.Tensor]]:
-    """The first `num_rows` held-out rows in micro-batches; empty when there are none."""
-    if data.validation is None:
-        return []
-    rows = np.arange(min(num_rows, len(data.validation)))
-    return [data.validation.batch(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
 
 
 def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int]:

@@ -3,61 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from horizon.building import make_optimizer
 from horizon.check import check_model
 from horizon.config.schema import Clip, HorizonConfig
 from horizon.config.values import with_batch_size
 from horizon.data import Loader, TextData, load_run_data
 from horizon.errors import BudgetError, ConfigError
+from horizon.evaluation import Evaluation, HeldOut, check_held_out, describe_eval
 from horizon.interrupts import Interrupts
-from horizon.models.skeleton import ModelSource, resolve_model
+from horizon.models.skeleton import resolve_model
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
+from horizon.report.callbacks import Callback, Callbacks
 from horizon.report.console import StepDisplay
+from horizon.report.ending import describe_end, describe_stop
 from horizon.report.metrics import METRICS_FILE, MetricsWriter, cut_rows, from_row, to_json
-from horizon.report.split import describe_split
-from horizon.report.trace import require_matplotlib
-from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
+from horizon.report.trackers import import_trackers, open_trackers
+from horizon.run_checkpoints import Note, RunCheckpoints, Start, data_facts
 from horizon.run_log import LOG_FILE, RunLog, open_checkpoints
-from horizon.sampling import generate, sample_prompt, validation_batches
+from horizon.run_settings import build_engine, check_settings, with_lr, write_config
+from horizon.sampling import generate, sample_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from horizon.engine import Engine
 
-LR_RANDOM = 2e-3  # optim.lr=null, random weights
-LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
-LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
 RECORDED = 3, 5  # steps, first and last: past compilation and first allocations, and few enough to be quick
+
+
+class Assessment(NamedTuple):
+    """What a model is worth; None for what is switched off or has no rows."""
+
+    loss: float | None  # of held-out rows
+    sample: str | None
 
 
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
-    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints or optim=mezo,
-    the first SIGTERM or Ctrl-C while it trains has it save and stop.
+    Writes config.yaml, metrics.jsonl (a line a step), evaluations.jsonl, summary.json, the folder model, with
+    optim=mezo replay.jsonl and, where they are asked for, checkpoints, trace.json and trace.png into `output_dir`.
+    With checkpoints or optim=mezo, the first SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
-    def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
+    def __init__(
+        self,
+        config: HorizonConfig,
+        output_dir: Path | str,
+        callbacks: Iterable[Callback] = (),
+        command: str | None = None,
+    ) -> None:
         """Check the settings that belong to the run; nothing is read or allocated yet.
 
+        Args:
+            callbacks: told of steps, evaluations, checkpoints and the end; see `horizon.Callback`.
+            command: what goes on with the run, for the message of a failure; None: how a script does.
+
         Raises:
-            ConfigError: a setting has a value that cannot work.
+            ConfigError: a setting has a value that cannot work, or a callback is none.
         """
         check_settings(config)
         self.config = with_batch_size(config)
+        self._own, self._command = tuple(callbacks), command
+        self._callbacks = Callbacks(self._own)
         self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
         self.metrics_path = self.output_dir / METRICS_FILE
@@ -89,13 +104,16 @@ class Trainer:
             self.rows = [from_row(StepRow, row) for row in cut_rows(self.metrics_path, kept)]
             if self.step >= self.config.train.steps and not self.rows:
                 raise ConfigError(f"train.steps={self.config.train.steps}, but {self.start.folder} is at {self.step}")
-            with self._advising(len(data.tokenizer)):
-                engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
-            with engine:
-                checkpoints.plan(engine)
-                summary = self._run(engine, data, checkpoints)
-        (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
-        self._print_end(summary)
+            with self._telling_failures(checkpoints):
+                import_trackers(self.config.trackers)
+                with self._advising(len(data.tokenizer)):
+                    engine = build_engine(self.config, source, data.tokenizer, self.start.folder)
+                with engine:
+                    checkpoints.plan(engine)
+                    summary = self._run(engine, data, checkpoints, kept)
+                (self.output_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
+                self._callbacks.tell(summary)
+        print(describe_end(summary, self.config, self._clipping.mode), flush=True)
         return summary
 
     @property
@@ -107,6 +125,18 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens of all these steps."""
         return self.start.tokens + sum(row.num_tokens for row in self.rows if row.step > self.start.step)
+
+    @contextmanager
+    def _telling_failures(self, checkpoints: RunCheckpoints | RunLog) -> Iterator[None]:
+        """Say where a run that fails can go on, once all that it holds is released."""
+        try:
+            yield
+        except BaseException as error:  # Ctrl-C included
+            self._callbacks.tell_failure(error)
+            if self.step:
+                newest = checkpoints.newest or self.start.folder
+                print(describe_stop(self.output_dir, self.step, self.config, newest, self._command), flush=True)
+            raise
 
     @contextmanager
     def _advising(self, vocab_size: int) -> Iterator[None]:
@@ -129,7 +159,8 @@ class Trainer:
         if self.config.data.packing and not report.packs:
             raise ConfigError(f"{report.architecture} cannot keep packed documents apart; set data.packing=false")
 
-    def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints | RunLog) -> RunSummary:
+    def _run(self, engine: Engine, data: TextData, checkpoints: RunCheckpoints | RunLog, kept: int) -> RunSummary:
+        """Train on the engine; `kept` steps of this folder's earlier run are gone on from."""
         train, start = self.config.train, self.start.run
         with self._advising(engine.vocab_size):
             micro_batch = engine.plan_micro_batch(train.batch_size, train.seq_len, train.micro_batch)
@@ -137,92 +168,100 @@ class Trainer:
         loader = Loader(
             data.train, train.batch_size, micro_batch, self.config.seed, shuffle=self.config.data.shuffle, **place
         )
-        held_out = validation_batches(data, train.eval_rows, micro_batch)
+        held_out = HeldOut.of(data.validation, self.config.eval.rows, train.batch_size, micro_batch)
+        check_held_out(self.config, held_out)
         print(engine.plan.table(), flush=True)
-        if start:
-            loss_before, sample_before = start["validation_loss_before"], start["sample_before"]
-        else:
-            loss_before, sample_before = self._assess("before", engine, data, held_out)
+        self._callbacks = Callbacks([*open_trackers(self.config, self.output_dir, kept), *self._own])
+        with Evaluation(self.config.eval, engine, held_out, self.output_dir, kept, self._callbacks.tell) as evaluation:
+            before = self._begin(engine, data, evaluation)
+            note = self._make_note(loader, data, evaluation, before)
+            checkpoints.begin(self.start, engine, note, self._callbacks.tell)
+            split = self._train(engine, loader, checkpoints, evaluation)
+            checkpoints.begin_last(self.step)
+            after = self._assess("after", engine, data, evaluation)
+            if train.save:
+                engine.save_pretrained(self.output_dir / "model", tokenizer=data.tokenizer)
+            checkpoints.finish(self.step)
+        last = None if checkpoints.last is None else str(checkpoints.last)
+        verdict = evaluation.patience.verdict if self.step < train.steps else None
+        simulated = engine.plan.limits.cxl.simulated
+        return self._summary(before, after, split=split, checkpoint=last, stopped_early=verdict, simulated=simulated)
+
+    def _begin(self, engine: Engine, data: TextData, evaluation: Evaluation) -> Assessment:
+        """What the model is worth before training, as noted by a checkpoint or found out now."""
+        start = self.start.run
+        if not start:
+            before = self._assess("before", engine, data, evaluation)
+            if before.loss is not None:
+                evaluation.patience.see(0, before.loss)
+            return before
+        evaluation.patience.restore(start["patience"])
+        if evaluation.patience.verdict is not None and not self.rows:
+            raise ConfigError(f"{self.start.folder} had stopped early: {evaluation.patience.verdict}")
+        return Assessment(start["validation_loss_before"], start["sample_before"])
+
+    def _make_note(self, loader: Loader, data: TextData, evaluation: Evaluation, before: Assessment) -> Note:
+        """What gives all that a checkpoint has to remember of the run."""
         facts = data_facts(self.config, data.train)
 
         def note() -> dict[str, Any]:
-            best = self.config.checkpoint.keep_best and held_out
+            best = evaluation.at(self.step) if self.config.checkpoint.keep_best else None
+            evaluation.sync()  # a checkpoint whose rows are lost would leave a gap
             return {
                 "step": self.step,
                 "tokens": self.tokens,
                 "epoch": loader.epoch,
                 "position": loader.position,
                 "data": facts,
-                "validation_loss": engine.evaluate(held_out) if best else None,
-                "validation_loss_before": loss_before,
-                "sample_before": sample_before,
+                "validation_loss": None if best is None else best.loss,
+                "validation_loss_before": before.loss,
+                "patience": evaluation.patience.state,
+                "sample_before": before.sample,
                 "tokenizer": data.tokenizer,
             }
 
-        checkpoints.begin(self.start, engine, note)
-        split = self._train(engine, loader, checkpoints) if self.step < train.steps else None
-        checkpoints.begin_last(self.step)
-        loss_after, sample_after = self._assess("after", engine, data, held_out)
-        model_dir = self.output_dir / "model" if train.save else None
-        if model_dir is not None:
-            engine.save_pretrained(model_dir, tokenizer=data.tokenizer)
-        checkpoints.finish(self.step)
-        seconds = sum(row.seconds for row in self.rows)
-        return RunSummary(
-            steps=self.step,
-            num_tokens=sum(row.num_tokens for row in self.rows),
-            seconds=seconds,
-            tokens_per_s=sum(row.num_tokens for row in self.rows) / seconds,
-            loss=self.rows[-1].loss,
-            clip=self._clipping.note,
-            clipped_steps=sum(row.clip_scale < 1 for row in self.rows),
-            corrected_blocks=sum(row.corrected_blocks for row in self.rows),
-            simulated=engine.plan.limits.cxl.simulated,
-            validation_loss_before=loss_before,
-            validation_loss_after=loss_after,
-            sample_before=sample_before,
-            sample_after=sample_after,
-            split=split,
-            output_dir=str(self.output_dir),
-            model_dir=None if model_dir is None else str(model_dir),
-            checkpoint=None if checkpoints.last is None else str(checkpoints.last),
-            resumed_from=None if self.start.folder is None else str(self.start.folder),
-            trace_file=str(self.trace_path) if self.config.trace else None,
-        )
+        return note
 
-    def _train(self, engine: Engine, loader: Loader, checkpoints: RunCheckpoints | RunLog) -> StepSplit:
-        """All steps that are left, a few of which are recorded: where their time went."""
-        num_steps, done = self.config.train.steps, self.step
-        notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
-        if engine.plan.limits.cxl.simulated:
-            notes.append(f"[{engine.plan.limits.cxl.name}]")
+    def _train(
+        self, engine: Engine, loader: Loader, checkpoints: RunCheckpoints | RunLog, evaluation: Evaluation
+    ) -> StepSplit | None:
+        """All steps that are left, a few of which are recorded: where their time went; None: no step was left."""
+        num_steps, done, recording = self.config.train.steps, self.step, None
+        if done >= num_steps or evaluation.patience.verdict is not None:
+            return None
         first, last = (done + step for step in recorded_steps(num_steps - done))
         files = (self.trace_path, self.trace_path.with_suffix(".png")) if self.config.trace else (None, None)
         interrupts = Interrupts()
+        evaluation.begin(done, self.tokens)
         with (
             MetricsWriter(self.metrics_path, append=True) as metrics,
-            StepDisplay(num_steps, note=" ".join(notes), done=done) as display,
+            StepDisplay(num_steps, note=self._note_on_steps(engine), done=done) as display,
             interrupts if checkpoints.is_on else nullcontext(),
+            ExitStack() as recorded,
         ):
+            while self.step < num_steps and evaluation.patience.verdict is None:
+                if self.step + 1 == first:
+                    recording = recorded.enter_context(engine.trace(*files))
+                row = self._step(engine, loader)
+                self.rows.append(row)
+                metrics.write(row)
+                display.show(row)
+                self._callbacks.tell(row)
+                is_due = evaluation.is_due(row.step, self.tokens)
+                if row.step == last or is_due:
+                    recorded.close()  # an evaluation is no part of a step
+                if is_due:
+                    found = evaluation.when_due(row.step, self.tokens)
+                    display.say(f"validation loss at step {row.step}: {describe_eval(found)}")
+                checkpoints.after_step(row.step, self.tokens, interrupts)
+        return None if recording is None else recording.split
 
-            def train_until(step: int) -> None:
-                while self.step < step:
-                    row = self._step(engine, loader)
-                    self.rows.append(row)
-                    metrics.write(row)
-                    display.show(row)
-                    checkpoints.after_step(row.step, self.tokens, interrupts)
-
-            try:
-                train_until(first - 1)
-                with engine.trace(*files) as recording:
-                    train_until(last)
-                train_until(num_steps)
-            except BaseException:  # Ctrl-C included
-                print(f"\nstopped after step {self.step} of {num_steps}; metrics in {self.metrics_path}", flush=True)
-                raise
-        assert recording.split is not None
-        return recording.split
+    def _note_on_steps(self, engine: Engine) -> str:
+        """What is to be said of every step."""
+        notes = [self._clipping.note] if self._clipping.mode is Clip.lagged else []
+        if engine.plan.limits.cxl.simulated:
+            notes.append(f"[{engine.plan.limits.cxl.name}]")
+        return " ".join(notes)
 
     def _step(self, engine: Engine, loader: Loader) -> StepRow:
         optim, started = self.config.optim, time.perf_counter()
@@ -233,7 +272,7 @@ class Trainer:
             step, optim.lr, optim.schedule, optim.warmup_steps, self.config.train.steps, optim.min_lr_ratio
         )
         result = engine.step(batches)
-        seconds = time.perf_counter() - started
+        seconds, predicted = time.perf_counter() - started, engine.plan.prediction
         return StepRow(
             step=step,
             epoch=epoch,
@@ -249,125 +288,50 @@ class Trainer:
             skipped=result.skipped,
             clip_scale=result.clip_scale,
             corrected_blocks=result.corrected_blocks,
+            resident_share=math.nan if predicted is None else predicted.arithmetic_s / seconds,
             projected_gradients=list(result.projected_gradients),
             simulated=engine.plan.limits.cxl.simulated,
             time=time.time(),
         )
 
-    def _assess(
-        self, when: str, engine: Engine, data: TextData, held_out: list[dict[str, torch.Tensor]]
-    ) -> tuple[float | None, str | None]:
-        """(validation loss, sample), printed; None for what is switched off or has no rows."""
-        train = self.config.train
-        loss = engine.evaluate(held_out) if held_out else None
-        if loss is not None:
-            print(f"validation loss {when} training: {loss:.4f}", flush=True)
+    def _assess(self, when: str, engine: Engine, data: TextData, evaluation: Evaluation) -> Assessment:
+        """Score held-out rows and write a sample, both printed."""
+        train, row = self.config.train, evaluation.at(self.step)
+        if row is not None:
+            print(f"validation loss {when} training: {describe_eval(row)}", flush=True)
+        loss = None if row is None else row.loss
         if not train.sample_tokens:
-            return loss, None
+            return Assessment(loss, None)
         prompt = sample_prompt(data, train.sample_prompt, train.sample_tokens)
         sample = generate(engine, data.tokenizer, prompt, train.sample_tokens, train.seq_len, self.config.seed)
         text = f"{data.tokenizer.decode(prompt)} >>> {sample}"
         print(f"sample {when} training (the model goes on after >>>):\n{textwrap.indent(text, '    ')}", flush=True)
-        return loss, sample
+        return Assessment(loss, sample)
 
-    def _print_end(self, summary: RunSummary) -> None:
-        print(f"{summary.steps} steps, {summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s")
-        if self._clipping.mode is not Clip.exact:
-            corrected = f", {summary.corrected_blocks} updates of blocks corrected" if summary.corrected_blocks else ""
-            print(f"{summary.clip}: {summary.clipped_steps} steps clipped{corrected}")
-        if summary.simulated:
-            print("the cxl tier was simulated: none of these times is that of a real one")
-        if summary.split is not None:
-            print(describe_split(summary.split))
-        if self.config.optim.name == "mezo":
-            print(f"replay   {self.replay_path} (horizon replay base=FOLDER log={self.replay_path} out=FOLDER)")
-        print(f"metrics  {self.metrics_path}\nsettings {self.output_dir / 'config.yaml'}")
-        if summary.checkpoint is not None:
-            print(f"saved    {summary.checkpoint}")
-        if summary.trace_file is not None:
-            print(f"trace    {summary.trace_file} (open it at https://ui.perfetto.dev) and trace.png beside it")
-        if summary.model_dir is not None:
-            print(f"model    {summary.model_dir}")
-
-
-def check_settings(config: HorizonConfig) -> None:
-    """Refuse what no later part of a run looks at.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    train = config.train
-    for key, value, least in (
-        ("steps", train.steps, 1),
-        ("batch_size", train.batch_size, 1),
-        ("micro_batch", 1 if train.micro_batch is None else train.micro_batch, 1),
-        ("eval_rows", train.eval_rows, 0),
-        ("sample_tokens", train.sample_tokens, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"train.{key}={value} must be at least {least}")
-    make_optimizer(with_lr(config, None))
-    if config.trace:
-        require_matplotlib()
-    check_checkpoint_settings(config)
-    if config.model.path is None and not config.model.config:
-        raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
+    def _summary(self, before: Assessment, after: Assessment, **others: Any) -> RunSummary:
+        seconds, num_tokens = sum(row.seconds for row in self.rows), sum(row.num_tokens for row in self.rows)
+        return RunSummary(
+            steps=self.step,
+            num_tokens=num_tokens,
+            seconds=seconds,
+            tokens_per_s=num_tokens / seconds,
+            loss=self.rows[-1].loss,
+            clip=self._clipping.note,
+            clipped_steps=sum(row.clip_scale < 1 for row in self.rows),
+            corrected_blocks=sum(row.corrected_blocks for row in self.rows),
+            validation_loss_before=before.loss,
+            validation_loss_after=after.loss,
+            sample_before=before.sample,
+            sample_after=after.sample,
+            output_dir=str(self.output_dir),
+            model_dir=str(self.output_dir / "model") if self.config.train.save else None,
+            resumed_from=None if self.start.folder is None else str(self.start.folder),
+            trace_file=str(self.trace_path) if self.config.trace else None,
+            **others,
+        )
 
 
 def recorded_steps(num_steps: int) -> tuple[int, int]:
     """The first and the last step whose timeline is recorded: `RECORDED`, or the last ones of a shorter run."""
     first, last = RECORDED
     return min(first, num_steps), min(last, num_steps)
-
-
-def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
-    """The settings with `optim.lr`, when it is null, replaced by a rate that suits trained or random weights."""
-    if config.optim.lr is not None:
-        return config
-    if config.optim.name == "mezo":
-        lr = LR_ZEROTH_ORDER
-    else:
-        lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
-
-
-def build_engine(
-    config: HorizonConfig,
-    source: ModelSource | None,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Path | None = None,
-) -> Engine:
-    """The engine that the settings describe, with the states of `checkpoint` if there is one.
-
-    A model made from `model.config` gets the tokenizer's vocabulary.
-    """
-    from horizon.engine import Engine
-
-    model, optim = config.model, config.optim
-    settings: dict[str, Any] = {
-        "optimizer": make_optimizer(config),
-        "memory": config.memory,
-        "max_grad_norm": optim.max_grad_norm,
-        "clip": optim.clip,
-        "device": config.device,
-        "compute_dtype": config.compute_dtype,
-        "kernels": config.kernels,
-        "seed": config.seed,
-        "freeze": model.freeze,
-        "on_nonfinite": config.train.on_nonfinite,
-        "trust_remote_code": model.trust_remote_code,
-        "self_check": model.self_check,
-    }
-    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    made = {"vocab_size": len(tokenizer), **special, **model.config}
-    what = made if source is None else str(source.folder)
-    if checkpoint is None or optim.name == "mezo":  # whose log is replayed later
-        return Engine.from_pretrained(what, **settings)
-    return Engine.load_checkpoint(checkpoint, model=what, weights_only=config.resume_weights_only, **settings)
-
-
-def write_config(config: HorizonConfig, path: Path) -> None:
-    """Write every setting as YAML."""
-    from omegaconf import OmegaConf
-
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

@@ -18,8 +18,8 @@ from types import ModuleType, SimpleNamespace
 from horizon.errors import BudgetError
 
 class Trainer:
-    def __init__(self, config, output_dir):
-        self.config, self.output_dir = config, output_dir
+    def __init__(self, config, output_dir, command):
+        self.config, self.output_dir, self.command = config, output_dir, command
 
     def run(self):
         {body}
@@ -135,6 +135,25 @@ def test_one_run_gets_a_dated_folder_with_hydras_record_and_no_change_of_directo
     assert f"in {tmp_path}" in done.stdout
     (record,) = tmp_path.glob("outputs/*/*/.hydra/overrides.yaml")
     assert record.read_text() == "- seed=3\n"
+
+
+def test_a_run_knows_the_command_that_goes_on_with_it(stubbed, tmp_path):
+    def shown(*words):
+        done = stubbed("print('again:', self.command)", "train", *words)
+        assert done.returncode == 0, done.stderr
+        return [line.removeprefix("again: ") for line in done.stdout.splitlines() if line.startswith("again: ")]
+
+    (dated,) = shown("seed=3", "optim.lr=1e-3")
+    (folder,) = (path.relative_to(tmp_path) for path in tmp_path.glob("outputs/*/*"))
+    assert dated == f"horizon train seed=3 optim.lr=1e-3 hydra.run.dir={folder}"
+    given = ["hydra.run.dir=my run", "resume=auto", "data.path=a b", "model.freeze=[a.*,b]"]
+    assert shown(*given) == ["horizon train 'data.path=a b' 'model.freeze=[a.*,b]' 'hydra.run.dir=my run'"]
+    swept = shown("-m", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert swept == [f"horizon train seed={n} hydra.run.dir=sweep/{n}" for n in (0, 1)]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/first.yaml").write_text("defaults:\n  - config\n  - _self_\nseed: 5\n")
+    (own,) = shown("--config-dir", "mine", "-cn", "first", "hydra.run.dir=out")
+    assert own == f"horizon train --config-dir {tmp_path}/mine --config-name first hydra.run.dir=out"
 
 
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path):

@@ -14,7 +14,7 @@ from horizon.config.compose import compose
 from horizon.config.schema import HorizonConfig
 from horizon.data.tokenizer import byte_tokenizer
 from horizon.inference import InferenceEngine
-from horizon.records import CheckpointRow, StepRow, StepSplit
+from horizon.records import CheckpointRow, EvalRow, Score, StepRow, StepSplit
 from tests.checkpoint.engines import build, train
 from tests.parity import reference
 from tests.parity.reference import FAMILIES
@@ -47,7 +47,8 @@ def settings_of(node, prefix=""):
 def test_every_setting_is_listed_with_its_default():
     listed = {}
     for section in (
-        "### model", "### data", "### optim", "### zo", "### train", "### memory", "### checkpoint", "### top level",
+        "### model", "### data", "### optim", "### zo", "### train", "### eval", "### memory", "### checkpoint",
+        "### top level",
     ):  # fmt: skip
         listed |= {key: default.strip("`") for key, default in table(CONFIGURATION, section).items()}
     assert listed == dict(settings_of(HorizonConfig())) | {"model.config": "tiny_llama's"}
@@ -61,20 +62,25 @@ def test_every_option_of_a_group_is_listed():
     assert listed == {folder.name: {path.name.removesuffix(".yaml") for path in folder.iterdir()} for folder in folders}
 
 
-def test_every_field_of_the_metrics_is_listed():
-    assert list(table(CONFIGURATION, "Fields of")) == [field.name for field in dataclasses.fields(StepRow)]
+METRICS = (ROOT / "docs/metrics.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("metrics.jsonl", StepRow), ("evaluations.jsonl", EvalRow), ("checkpoints.jsonl", CheckpointRow)]
+)
+def test_every_field_of_the_rows_that_a_run_writes_is_listed(file, kind):
+    assert list(table(METRICS, f"## {file}")) == [field.name for field in dataclasses.fields(kind)]
+
+
+def test_what_is_said_of_a_source_is_listed():
+    (cell,) = (line for line in METRICS.splitlines() if line.startswith("| `sources`"))
+    assert re.findall(r"`(\w+)`", cell.split("|")[3]) == [field.name for field in dataclasses.fields(Score)]
 
 
 def test_every_field_of_the_split_is_listed():
     fields = table((ROOT / "docs/tracing.md").read_text(), "## The split of a step")
     listed = [name for cell in fields for name in re.findall(r"\w+", cell)]
     assert listed == [field.name for field in dataclasses.fields(StepSplit)]
-
-
-def test_every_field_of_a_checkpoints_row_is_listed():
-    assert list(table(CONFIGURATION, "Fields of `checkpoints.jsonl`")) == [
-        f.name for f in dataclasses.fields(CheckpointRow)
-    ]
 
 
 FORMAT = (ROOT / "docs/checkpoint-format.md").read_text()

@@ -87,6 +87,19 @@ def test_evaluate_checkpoint_finds_what_was_learned(tmp_path, capsys):
     assert "Norway: Oslo" in capsys.readouterr().out
 
 
+def test_callbacks_hear_of_evaluations_and_checkpoints(tmp_path):
+    lines = load("callbacks").main(tmp_path, steps=30, device="cpu")
+    scored = [line for line in lines if "perplexity" in line]
+    assert [line.split(":")[0] for line in scored] == ["step 0", "step 10", "step 20", "step 30"]
+    before, after = (int(line.split(", ")[1].partition("%")[0]) for line in (scored[0], scored[-1]))
+    assert after > before + 20
+    assert [line.split(";")[0] for line in lines if "safe" in line] == [
+        "step 15 is safe in step-00000015",
+        "step 30 is safe in step-00000030",
+    ]
+    assert lines[-1].startswith("30 steps, the slowest was step ")
+
+
 def test_every_example_is_short_and_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text()

@@ -38,7 +38,7 @@ TINY = [
     "train.batch_size=5",
     "train.micro_batch=2",
     "train.seq_len=32",
-    "train.eval_rows=0",
+    "eval.rows=0",
     "train.sample_tokens=0",
     "train.save=false",
     "optim.lr=1e-2",
@@ -215,7 +215,7 @@ def test_what_would_make_another_run_of_it_is_refused(settings, whole, tmp_path,
     [
         (["checkpoint.save_every=often"], ConfigError, r"checkpoint\.save_every='often': expected steps such as 100"),
         (["checkpoint.keep=0"], ConfigError, r"checkpoint\.keep=0 must be at least 1"),
-        (["checkpoint.keep_best=true"], ConfigError, r"keep_best=true has no loss to go by: set train\.eval_rows"),
+        (["checkpoint.keep_best=true"], ConfigError, r"keep_best=true has no loss to go by: set eval\.rows"),
         (["resume_weights_only=true"], ConfigError, r"resume_weights_only=true with resume=None"),
         (["resume=auto", "resume_weights_only=true"], ConfigError, r"resume_weights_only=true with resume=auto"),
         (["resume=/no/such"], CheckpointError, r"resume=/no/such: no checkpoint there"),
@@ -242,7 +242,7 @@ def test_two_runs_do_not_write_to_one_folder(settings, tmp_path):
 
 def test_what_is_kept_and_what_is_told(settings, texts, tmp_path, caplog):
     caplog.set_level("INFO", "horizon")
-    more = ["checkpoint.keep=2", "checkpoint.keep_best=true", "train.eval_rows=4", "data.validation_fraction=0.3"]
+    more = ["checkpoint.keep=2", "checkpoint.keep_best=true", "eval.rows=4", "data.validation_fraction=0.3"]
     config = settings(*more, "optim.lr=1", "optim.schedule=constant", "optim.warmup_steps=9")  # it gets worse later
     Trainer(config, tmp_path).run()
     folders = [folder for _, folder in list_checkpoints(tmp_path / "checkpoints")]

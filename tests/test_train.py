@@ -12,7 +12,8 @@ from horizon.config.compose import compose
 from horizon.config.schema import Clip, Moments
 from horizon.data import load_data
 from horizon.errors import CheckpointError
-from horizon.trainer import Trainer, validation_batches
+from horizon.evaluation import HeldOut
+from horizon.trainer import Trainer
 
 TINY = [
     "model.config.hidden_size=32",
@@ -24,7 +25,7 @@ TINY = [
     "train.steps=12",
     "train.batch_size=4",
     "train.seq_len=32",
-    "train.eval_rows=6",
+    "eval.rows=6",
     "train.sample_tokens=4",
     "optim.lr=1e-2",
     "optim.warmup_steps=2",
@@ -53,7 +54,7 @@ def plain_loss(folder, config):
     data = load_data(config.data, seq_len=config.train.seq_len, seed=config.seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total, count = 0.0, 0
-    for batch in validation_batches(data, config.train.eval_rows, 1):
+    for (batch,) in HeldOut.of(data.validation, config.eval.rows, 1, 1).passes:
         targets = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
             total += float(model(**batch, use_cache=False).loss) * targets
@@ -65,7 +66,7 @@ SIMULATED = ["memory.policy=cxl_aware", "memory.cxl_simulated.size=64MiB", "memo
 
 
 def test_a_simulated_tier_is_called_simulated_in_every_output(texts, tmp_path, capsys, caplog):
-    wanted = [*SIMULATED, "train.steps=3", "trace=true", "train.eval_rows=0", "train.save=false"]
+    wanted = [*SIMULATED, "train.steps=3", "trace=true", "eval.rows=0", "train.save=false"]
     Trainer(compose([*TINY, f"data.path={texts}", *wanted]), tmp_path).run()
     shown = capsys.readouterr()
     assert shown.out.count("the cxl tier is simulated") == shown.out.count("the cxl tier was simulated") == 1
@@ -104,7 +105,7 @@ def test_where_a_steps_time_went_is_told_at_the_end(trained):
 
 
 def test_a_trace_is_written_beside_the_metrics(texts, tmp_path):
-    quick = ["train.steps=4", "train.sample_tokens=0", "train.eval_rows=0", "train.save=false"]
+    quick = ["train.steps=4", "train.sample_tokens=0", "eval.rows=0", "train.save=false"]
     summary = Trainer(compose([*TINY, f"data.path={texts}", *quick, "trace=true"]), tmp_path).run()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [e["name"] for e in events if e.get("cat") == "step"] == ["recorded step 1", "recorded step 2"]

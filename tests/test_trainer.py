@@ -7,7 +7,6 @@ import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -17,22 +16,22 @@ from horizon.config.schema import (
     Clip,
     DataConfig,
     DataFormat,
+    EvalConfig,
     HorizonConfig,
     LrSchedule,
     ModelConfig,
     OptimConfig,
-    TooLong,
     TrainConfig,
 )
-from horizon.data.encoding import Tokens
-from horizon.data.pieces import cut
-from horizon.data.rows import Source, pad
 from horizon.engine import Engine
 from horizon.errors import BudgetError, CheckpointError, ConfigError
 from horizon.models.skeleton import ModelSource
 from horizon.plan.memory import Limits
 from horizon.records import StepSplit, Traffic
-from horizon.trainer import Trainer, check_settings, generate, recorded_steps, validation_batches, with_lr
+from horizon.run_settings import LR_RANDOM, check_settings, with_lr
+from horizon.sampling import generate
+from horizon.stream.head import TokenScores
+from horizon.trainer import Trainer, recorded_steps
 
 SPLIT = StepSplit(
     steps=3, step_ms=10.0, arithmetic_ms=6.0, link_ms=1.0, optimizer_ms=1.0, disk_ms=0.0, data_ms=1.0, launch_ms=1.0,
@@ -45,11 +44,11 @@ SPLIT = StepSplit(
 class FakeEngine:
     """Counts what it is asked for; the next token is always the last one plus one."""
 
-    def __init__(self, vocab_size, at_step=lambda step: None):
-        self.vocab_size, self.at_step = vocab_size, at_step
+    def __init__(self, vocab_size, at_step=lambda step: None, loss_at=lambda step: 3.0 - step / 5):
+        self.vocab_size, self.at_step, self.loss_at = vocab_size, at_step, loss_at
         self.lr, self.lrs, self.evaluated, self.closed, self.saved, self.windows = 0.0, [], [], False, None, []
         self.host_bytes, self.device_bytes = 1 << 30, 0
-        self.plan = SimpleNamespace(table=lambda: "the plan", limits=Limits(0, 0))
+        self.plan = SimpleNamespace(table=lambda: "the plan", limits=Limits(0, 0), prediction=None)
         self.recorded, self.trace_files = None, None
 
     def __enter__(self):
@@ -78,9 +77,17 @@ class FakeEngine:
         yield recording
         self.recorded, self.trace_files, recording.split = (first, len(self.lrs)), (path, picture), SPLIT
 
-    def evaluate(self, batches):
-        self.evaluated.append(sum(len(batch["input_ids"]) for batch in batches))
-        return 4.0 - len(self.evaluated)
+    def score(self, batches):
+        """Rows that each have 10 labels and the step's loss."""
+        step, shapes = len(self.lrs), [(len(batch["input_ids"]), 10) for batch in batches]
+        self.evaluated.append((step, sum(num_rows for num_rows, _ in shapes)))
+        correct = torch.arange(10) < 4
+        return [
+            TokenScores(
+                torch.full(shape, -self.loss_at(step), dtype=torch.double), correct.expand(shape), torch.ones(shape)
+            )
+            for shape in shapes
+        ]
 
     def generate(self, input_ids, *, max_new_tokens, eos_token_id, **settings):
         """Counts on from the last token."""
@@ -94,8 +101,8 @@ class FakeEngine:
         self.saved = (folder, tokenizer)
 
 
-@pytest.fixture
-def config(tmp_path):
+def make_config(tmp_path):
+    """Settings of a short run on ten small texts."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "abcdefghij":
@@ -104,8 +111,14 @@ def config(tmp_path):
         model=ModelConfig(config={"model_type": "llama"}),
         data=DataConfig(format=DataFormat.text, path=str(texts), tokenizer="bytes", validation_fraction=0.2),
         optim=OptimConfig(schedule=LrSchedule.linear, warmup_steps=2),
-        train=TrainConfig(steps=5, batch_size=4, seq_len=32, eval_rows=7, sample_tokens=3, sample_prompt="abc"),
+        train=TrainConfig(steps=5, batch_size=4, seq_len=32, sample_tokens=3, sample_prompt="abc"),
+        eval=EvalConfig(rows=7),
     )
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path)
 
 
 @pytest.fixture
@@ -139,11 +152,11 @@ def test_a_run_writes_rows_summary_settings_and_model(config, run, tmp_path, cap
     assert all(row["tokens_per_s"] == row["num_tokens"] / row["seconds"] for row in rows)
     assert [row["lr"] for row in rows] == engine.lrs
     assert engine.lrs == pytest.approx([1e-3, 2e-3, 1.4e-3, 0.8e-3, 0.2e-3])  # warm-up of 2, then down to a tenth
-    assert engine.evaluated == [7, 7]
+    assert engine.evaluated == [(0, 4), (0, 3), (5, 4), (5, 3)]  # a step's rows at a time
     assert (summary.validation_loss_before, summary.validation_loss_after) == (3.0, 2.0)
     assert (summary.steps, summary.num_tokens, summary.loss, summary.sample_after) == (5, 640, 0.0, "def")
     assert json.loads((tmp_path / "out/summary.json").read_text()) == dataclasses.asdict(summary)
-    assert OmegaConf.load(tmp_path / "out/config.yaml").optim.lr == module.LR_RANDOM
+    assert OmegaConf.load(tmp_path / "out/config.yaml").optim.lr == LR_RANDOM
     assert engine.saved == (tmp_path / "out/model", engine.saved[1])
     assert engine.closed
     shown = capsys.readouterr()
@@ -232,7 +245,8 @@ def test_a_failure_passes_through_after_the_engine_closed_and_the_last_step_was_
 
 
 def test_what_is_switched_off_is_not_done(config, run, tmp_path):
-    config.train = dataclasses.replace(config.train, eval_rows=0, sample_tokens=0, save=False, micro_batch=None)
+    config.train = dataclasses.replace(config.train, sample_tokens=0, save=False, micro_batch=None)
+    config.eval.rows = 0
     engine, summary = run(config)
     assert (engine.evaluated, engine.windows, engine.saved) == ([], [], None)
     assert (summary.validation_loss_after, summary.sample_after, summary.model_dir) == (None, None, None)
@@ -267,16 +281,6 @@ def test_a_sample_is_drawn_from_the_likeliest_tokens_and_repeats_with_its_seed()
             assert ids[end] in likeliest.tolist()
 
 
-def test_validation_rows_are_cut_into_micro_batches_in_order():
-    ids = np.arange(10, dtype=np.int32).reshape(5, 2)
-    tokens = Tokens(ids.ravel(), np.ones(10, bool), np.full(5, 2), [""] * 5)
-    pieces = cut(tokens, np.ones(5, bool), 2, TooLong.split)
-    data = SimpleNamespace(validation=pad(Source("", tokens), pieces, 2, pad_id=0))
-    batches = validation_batches(data, num_rows=4, micro_batch=3)
-    assert [batch["input_ids"].tolist() for batch in batches] == [[[0, 1], [2, 3], [4, 5]], [[6, 7]]]
-    assert validation_batches(SimpleNamespace(validation=None), 4, 3) == []
-
-
 def test_the_learning_rate_suits_the_weights_unless_it_is_given(tmp_path):
     trained, random = (ModelSource(tmp_path, has_weights=flag) for flag in (True, False))
     rates = [with_lr(HorizonConfig(), source).optim.lr for source in (trained, random, None)]
@@ -290,7 +294,7 @@ def test_the_learning_rate_suits_the_weights_unless_it_is_given(tmp_path):
         ({"train": TrainConfig(steps=0)}, "train.steps=0 must be at least 1"),
         ({"train": TrainConfig(batch_size=0)}, "train.batch_size=0"),
         ({"train": TrainConfig(micro_batch=0)}, "train.micro_batch=0"),
-        ({"train": TrainConfig(eval_rows=-1)}, "train.eval_rows=-1 must be at least 0"),
+        ({"eval": EvalConfig(rows=-1)}, "eval.rows=-1 must be at least 0"),
         ({"train": TrainConfig(sample_tokens=-1)}, "train.sample_tokens=-1"),
         ({"optim": OptimConfig(name="sgd")}, "optim.name='sgd' is unknown; expected adamw or mezo"),
         ({"model": ModelConfig()}, "no model: set model.path"),

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     from horizon.data import load_run_data  # after misspelt settings had their chance: loads transformers
     from horizon.data.preview import preview
     from horizon.models.skeleton import resolve_model
-    from horizon.trainer import check_settings
+    from horizon.run_settings import check_settings
 
     check_settings(config)
     model = config.model

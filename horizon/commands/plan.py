@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     from horizon.forecast.report import as_json, as_text
     from horizon.forecast.zeroth_order import forecast_zeroth_order, zeroth_order_json, zeroth_order_text
     from horizon.plan.facts import read_facts
-    from horizon.trainer import check_settings, with_lr
+    from horizon.run_settings import check_settings, with_lr
     from horizon.zo.settings import ZerothOrder
 
     check_settings(config)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,12 +85,13 @@ def dump_machine(machine: MachineFile) -> str:
 
 
 def run_with_hydra(
-    task: Callable[[HorizonConfig, Path], Any],
+    task: Callable[[HorizonConfig, Path, str], Any],
     arguments: list[str],
     on_error: Callable[[HorizonError], None],
 ) -> None:
-    """Hand `arguments` to Hydra, which calls `task(config, output_dir)` once, or once for each run of a sweep.
+    """Hand `arguments` to Hydra, which calls `task(config, output_dir, command)` once, or for each run of a sweep.
 
+    `command` is what begins that run again in its folder, but for `resume`.
     A named error of a run goes to `on_error` and the runs after it still take place.
 
     Raises:
@@ -103,7 +105,8 @@ def run_with_hydra(
     def job(composed: DictConfig) -> Any:
         settings = HydraConfig.get()
         try:
-            return task(to_config(composed, settings.overrides.task), Path(settings.runtime.output_dir))
+            config = to_config(composed, settings.overrides.task)
+            return task(config, Path(settings.runtime.output_dir), _command(settings))
         except HorizonError as error:  # caught here because Hydra adds lines of its own to what passes through it
             on_error(error)
             return None
@@ -113,6 +116,21 @@ def run_with_hydra(
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_config_error(error) from error
+
+
+def _command(settings: Any) -> str:
+    """What is typed to begin a run again, from what Hydra says of it."""
+    folders = [s.path for s in settings.runtime.config_sources if s.provider == "command-line"]
+    name = [] if settings.job.config_name == CONFIG_NAME else ["--config-name", settings.job.config_name]
+    left_out = ("resume=", "resume_weights_only=")
+    words = [word for word in settings.overrides.task if not word.lstrip("+").startswith(left_out)]
+    flags = [word for folder in folders for word in ("--config-dir", folder)]
+    folder = f"hydra.run.dir={_relative(Path(settings.runtime.output_dir), Path(settings.runtime.cwd))}"
+    return shlex.join(["horizon", "train", *flags, *name, *words, folder])
+
+
+def _relative(path: Path, folder: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def to_config(composed: DictConfig, overrides: Iterable[str]) -> HorizonConfig:

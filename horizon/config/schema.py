@@ -112,6 +112,12 @@ class Master(StrEnum):
     fp16 = "fp16"  # 2 bytes; updates are rounded stochastically
 
 
+class TrackerName(StrEnum):
+    tensorboard = "tensorboard"
+    wandb = "wandb"  # offline unless its own settings say otherwise
+    mlflow = "mlflow"  # into a database in the run's folder unless its own settings say otherwise
+
+
 class OnNonFinite(StrEnum):
     stop = "stop"  # raise, naming step and block; weights stay as before the step
     skip = "skip"  # drop the step's gradients, count it, go on
@@ -218,11 +224,18 @@ class TrainConfig:
     tokens_per_step: int | None = None  # instead of batch_size: as many packed rows as hold so many tokens
     seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
-    eval_rows: int = 64  # validation rows scored before and after training; 0: none
     sample_tokens: int = 48  # length of the sample generated before and after; 0: none
     sample_prompt: str | None = None  # null: the beginning of a validation row
     on_nonfinite: OnNonFinite = OnNonFinite.stop
     save: bool = True  # write the trained model as a Hugging Face folder
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    rows: int = 64  # held-out rows that are scored, the first so many; 0: none
+    every: str | None = None  # steps (`100`), a time (`10min`) or tokens (`1e9tokens`); null: before and after training
+    patience: int | None = None  # end the run after so many in a row that were not better than the best; null: never
+    min_delta: float = 0.0  # how much lower than the best a loss must be to count as better
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,6 +289,7 @@ class HorizonConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     zo: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -285,4 +299,5 @@ class HorizonConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
     kernels: Kernels = Kernels.auto
     seed: int = 0
+    trackers: list[TrackerName] = field(default_factory=list)  # that get the metrics beside the files of the run
     trace: bool = False  # write a timeline of a few steps, trace.json and trace.png

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from horizon.stream.randomness import Randomness
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
 from horizon.stream.timing import PassTimer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

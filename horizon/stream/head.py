@@ -17,6 +17,7 @@ from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.gradients import GradientSlots
 
 LEAST_CHUNK_BYTES = 256 << 20
+BF16_COPIES = 3  # of the logits that are scored: themselves, and in fp32
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor | float]  # (logits [B, T, V], batch) -> a number
 
@@ -64,15 +65,16 @@ class TokenScores:
 
 
 def token_scores(model: BlockModel, params: Params, hidden: Tensor, batch: MicroBatch, chunk: int) -> TokenScores:
-    """Scores of one micro-batch, on its device; the logits of `chunk` tokens exist at once.
+    """Scores of one micro-batch, on its device.
 
     Args:
         params: the head block's parameters.
         hidden: [B, T, H], the last layer's output.
+        chunk: tokens whose logits a step's head holds at once; of as many bytes there are fewer here, with fp32 copies.
     """
     likelihoods = torch.zeros(batch.targets.shape, dtype=torch.float32, device=hidden.device)
     correct = torch.zeros(batch.targets.shape, dtype=torch.bool, device=hidden.device)
-    for span, states, targets in chunks(hidden, batch.targets, chunk):
+    for span, states, targets in chunks(hidden, batch.targets, max(1, chunk // BF16_COPIES)):
         logits = model.logits(params, states).view(targets.numel(), -1)
         labels, trained = targets.reshape(-1).clamp_min(0), targets.reshape(-1) != IGNORED
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)

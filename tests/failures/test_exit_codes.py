@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "model.config.hidden_size=32", "model.config.intermediate_size=64", "model.config.num_hidden_layers=2",
     "model.config.num_attention_heads=4", "data=text", "data.path=texts", "data.tokenizer=bytes", "train.batch_size=4",
-    "train.seq_len=32", "train.eval_rows=0", "train.sample_tokens=0", "device=cpu", "optim.lr=1e30",
+    "train.seq_len=32", "eval.rows=0", "train.sample_tokens=0", "device=cpu", "optim.lr=1e30",
     "optim.warmup_steps=0", "hydra.run.dir=out",
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from horizon.trainer import Trainer
 
 SETTINGS = [
     "data=text", "data.tokenizer=bytes", "device=cpu", "train.steps=1", "train.batch_size=4", "train.seq_len=64",
-    "train.eval_rows=0", "train.sample_tokens=0", "train.save=false", "model.self_check=false",
+    "eval.rows=0", "train.sample_tokens=0", "train.save=false", "model.self_check=false",
     "model.config.hidden_size=256", "model.config.num_attention_heads=4", "model.config.intermediate_size=1024",
 ]  # fmt: skip
 

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import horizon
+from horizon.config.compose import compose
+from horizon.trainer import RECORDED, Trainer
 from tests.gpu.models import TOKENS, batches, build, engine, padded
 
 pytestmark = pytest.mark.gpu
@@ -70,3 +73,27 @@ def test_a_synchronisation_is_noticed(monkeypatch):
         watch(streamed, monkeypatch)
         with pytest.raises(RuntimeError, match="synchroniz"):
             streamed.step(batches(), loss_fn=asking)
+
+
+def test_a_run_makes_the_host_wait_for_nothing_between_its_steps(monkeypatch, tmp_path):
+    class Listener(horizon.Callback):
+        def on_step(self, row):
+            heard.append(row.loss)
+
+    step, heard, num_steps = horizon.Engine.step, [], 9
+
+    def watched(engine, batches):
+        torch.cuda.set_sync_debug_mode("default")
+        result = step(engine, batches)
+        if RECORDED[1] < engine.num_steps < num_steps:  # behind the recorded steps, and before the end
+            torch.cuda.set_sync_debug_mode("error")
+        return result
+
+    monkeypatch.setattr(horizon.Engine, "step", watched)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    config = compose(
+        ["data=text", f"data.path={tmp_path / 'text.txt'}", "data.tokenizer=bytes", f"train.steps={num_steps}",
+         "train.seq_len=64", "train.sample_tokens=0", "train.save=false", "eval.rows=0", "device=cuda"]
+    )  # fmt: skip
+    Trainer(config, tmp_path / "run", callbacks=[Listener()]).run()
+    assert len(heard) == num_steps

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     build("llama", tie_word_embeddings=True, vocab_size=264).save_pretrained(folder / "base")
     config = compose(
         ["optim=mezo", "model=hf", f"model.path={folder / 'base'}", "data=text", f"data.path={folder / 'texts'}",
-         "data.tokenizer=bytes", "train.steps=9", "train.batch_size=4", "train.seq_len=32", "train.eval_rows=6",
+         "data.tokenizer=bytes", "train.steps=9", "train.batch_size=4", "train.seq_len=32", "eval.rows=6",
          "train.sample_tokens=2", "optim.lr=1e-3", "optim.schedule=linear", "optim.weight_decay=0.1", "device=cpu",
          "zo.master=bf16", "zo.queries=2", "zo.writeback_every=4", "zo.momentum=0.5", "zo.momentum_steps=2", "seed=3",
          "model.freeze=[model.layers.0.mlp.*]"],
