@@ -6,8 +6,9 @@ from pathlib import Path
 
 from horizon.config.arguments import ArgumentParser
 from horizon.errors import ConfigError
-from horizon.report.charts import require_report_extra
-from horizon.report.compare import COLUMNS, read_both, table
+from horizon.report.compare import COLUMNS, read_both
+from horizon.report.page import require_report_extra
+from horizon.report.tables import table
 
 
 def run(arguments: list[str]) -> int:
