@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from horizon.config.schema import TrainConfig
 from horizon.data import TextData
 from horizon.errors import ConfigError
 
@@ -26,6 +27,13 @@ def validation_batches(data: TextData, num_rows: int, micro_batch: int) -> list[
         return []
     rows = np.arange(min(num_rows, len(data.validation)))
     return [data.validation.batch(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
+
+
+def prompt_text(data: TextData, train: TrainConfig) -> str | None:
+    """What the samples of a run go on from; None where it has none."""
+    if not train.sample_tokens:
+        return None
+    return str(data.tokenizer.decode(sample_prompt(data, train.sample_prompt, train.sample_tokens)))
 
 
 def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int]:

@@ -25,10 +25,11 @@ from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
 from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
+from horizon.report.record import RunRecord, recorded
 from horizon.report.split import describe_split
 from horizon.report.trace import require_matplotlib
 from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
-from horizon.sampling import generate, sample_prompt, validation_batches
+from horizon.sampling import generate, prompt_text, sample_prompt, validation_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +45,9 @@ RECORDED = 3, 5  # steps, first and last: past compilation and first allocations
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), summary.json, the folder model, with optim=mezo replay.jsonl and,
-    where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With checkpoints, the first
-    SIGTERM or Ctrl-C while it trains has it save and stop.
+    Writes config.yaml, metrics.jsonl (a line a step), summary.json, run.json, the report, the folder model, with
+    optim=mezo replay.jsonl and, where they are asked for, checkpoints, trace.json and trace.png into `output_dir`. With
+    checkpoints, the first SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
     def __init__(self, config: HorizonConfig, output_dir: Path | str) -> None:
@@ -59,12 +60,14 @@ class Trainer:
         self.config = config
         self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
+        self.record = RunRecord(self.output_dir)  # run.json and the report
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.trace_path = self.output_dir / "trace.json"
         self.start = Start()
         self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
+    @recorded
     def run(self) -> RunSummary:
         """Train, and print on the way what happens.
 
@@ -159,17 +162,17 @@ class Trainer:
             loss_before, sample_before = start["validation_loss_before"], start["sample_before"]
         else:
             loss_before, sample_before = self._assess("before", engine, data, held_out)
+        self.record.began(engine, self.start.step, loss_before, sample_before, prompt_text(data, train))
         facts = data_facts(self.config, data.train)
 
         def note() -> dict[str, Any]:
-            best = self.config.checkpoint.keep_best and held_out
             return {
                 "step": self.step,
                 "tokens": self.tokens,
                 "epoch": loader.epoch,
                 "position": loader.position,
                 "data": facts,
-                "validation_loss": engine.evaluate(held_out) if best else None,
+                "validation_loss": engine.evaluate(held_out) if self.config.checkpoint.keep_best and held_out else None,
                 "validation_loss_before": loss_before,
                 "sample_before": sample_before,
                 "tokenizer": data.tokenizer,
@@ -239,6 +242,7 @@ class Trainer:
                 train_until(first - 1)
                 with engine.trace(*files) as recording:
                     train_until(last)
+                self.record.recorded(recording.split)
                 train_until(num_steps)
             except BaseException:  # Ctrl-C included
                 print(f"\nstopped after step {self.step} of {num_steps}; metrics in {self.metrics_path}", flush=True)

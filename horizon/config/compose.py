@@ -18,6 +18,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -85,11 +86,13 @@ def dump_machine(machine: MachineFile) -> str:
 def run_with_hydra(
     task: Callable[[HorizonConfig, Path], Any],
     arguments: list[str],
-    on_error: Callable[[HorizonError], None],
+    on_error: Callable[[HorizonError, Path], None],
+    on_sweep_end: Callable[[Path], None],
 ) -> None:
     """Hand `arguments` to Hydra, which calls `task(config, output_dir)` once, or once for each run of a sweep.
 
-    A named error of a run goes to `on_error` and the runs after it still take place.
+    A named error of a run goes to `on_error`, with its folder, and the runs after it still take place. When a sweep
+    has ended, however it did, `on_sweep_end` gets its folder.
 
     Raises:
         ConfigError: an unknown key or group, or a value of the wrong type.
@@ -99,12 +102,17 @@ def run_with_hydra(
     if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 refuses the lazy help text of Hydra's own parser
         setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010
 
+    sweeps: list[Path] = []
+
     def job(composed: DictConfig) -> Any:
         settings = HydraConfig.get()
+        folder = Path(settings.runtime.output_dir)
+        if settings.mode is RunMode.MULTIRUN:
+            sweeps.append(Path(settings.sweep.dir))
         try:
-            return task(to_config(composed, settings.overrides.task), Path(settings.runtime.output_dir))
+            return task(to_config(composed, settings.overrides.task), folder)
         except HorizonError as error:  # caught here because Hydra adds lines of its own to what passes through it
-            on_error(error)
+            on_error(error, folder)
             return None
 
     sys.argv[1:] = arguments
@@ -112,6 +120,9 @@ def run_with_hydra(
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_config_error(error) from error
+    finally:
+        if sweeps:
+            on_sweep_end(sweeps[0])
 
 
 def to_config(composed: DictConfig, overrides: Iterable[str]) -> HorizonConfig:

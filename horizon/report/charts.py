@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 TEXT, LINE = "#000001", "#000002"
 SERIES = tuple(f"#0000{16 + i:02x}" for i in range(8))
 MARKERS = "osD^vP*X"
-MARKED_POINTS = 40  # more are a line without markers
+MARKED_POINTS = 24  # more are a line without markers
+SHORT_LABEL = 16  # characters; three columns of such fit
 LEGEND_INSIDE = 4  # series; more have their legend above the chart
 
 SETTINGS: dict[Any, Any] = {
@@ -41,6 +42,7 @@ class Style(StrEnum):
     faint = "faint"  # behind another that says what it means
     points = "points"
     level = "level"  # one value, across the chart
+    marks = "marks"  # at the bottom: where something has no value
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Axis:
 
     Attributes:
         scale: linear, log (of 10), or log2.
-        ticks: the only ones, where they are given.
+        ticks, limits: where they are given, those and no others.
         text: of a tick's value; None: matplotlib's.
     """
 
@@ -69,6 +71,7 @@ class Axis:
     ticks: Sequence[float] | None = None
     text: Callable[[float], str] | None = None
     from_zero: bool = False
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +145,7 @@ class BarChart(Chart):
     def inches(self) -> tuple[float, float]:
         """As high as the bars need."""
         num_rows = len(self.names) if self.stacked else len(self.names) * len(self.bars)
-        return 5.6, min(max(3.4, 1.5 + 0.17 * num_rows), 9.0) if not self.stacked else 1.5 + 0.4 * num_rows
+        return (5.6, 1.6 + 0.4 * num_rows) if self.stacked else (5.6, min(max(3.4, 1.5 + 0.17 * num_rows), 9.0))
 
     def draw(self, axes: Axes) -> None:
         """The first name on top."""
@@ -161,7 +164,7 @@ class BarChart(Chart):
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         _set_axis(axes, "x", self.x)
-        columns = min(len(self.bars), 3)
+        columns = 2 if any(len(label) > SHORT_LABEL for label, _ in self.bars) else 3
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2, handlelength=1.2)
 
 
@@ -201,6 +204,9 @@ def _plot(axes: Axes, series: Series, order: int) -> None:
             axes.axhline(series.y[0], linestyle=":", **settings)
         case Style.points:
             axes.plot(series.x, series.y, linestyle="none", marker=marker, **settings | {"zorder": 20})
+        case Style.marks:
+            at = [0.02] * len(series.x)  # of the height
+            axes.plot(series.x, at, "x", transform=axes.get_xaxis_transform(), **settings)
         case Style.faint:
             axes.plot(series.x, series.y, linewidth=0.8, alpha=0.4, **settings)
         case style:
@@ -224,6 +230,8 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     highest = axes.dataLim.x1 if which == "x" else axes.dataLim.y1
     if axis.from_zero and 0 < highest < float("inf"):
         axes.set(**{f"{which}lim": (0, 1.06 * highest)})
+    if axis.limits is not None:
+        axes.set(**{f"{which}lim": axis.limits})
 
 
 def _legend(axes: Axes, labels: Sequence[str]) -> None:
@@ -239,12 +247,12 @@ def _drawn(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    file = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=chart.inches, layout="constrained")
-        FigureCanvasSVG(figure)
-        chart.draw(figure.add_subplot())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure = Figure(figsize=chart.inches, layout="constrained", facecolor="none")
+        canvas: Any = FigureCanvasSVG(figure)
+        chart.draw(figure.add_subplot(facecolor="none"))
+        canvas.print_svg(file, metadata={"Date": None})  # savefig would lay everything out twice
     return _for_page(file.getvalue(), f"{chart.title}: {chart.says}")
 
 
