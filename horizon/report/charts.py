@@ -26,7 +26,7 @@ SHORT_LABEL = 16  # characters; three columns of such fit
 LEGEND_INSIDE = 4  # series; more have their legend above the chart
 
 SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "horizon", "svg.fonttype": "none", "font.size": 9.5, "text.color": TEXT,
+    "svg.hashsalt": "horizon", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "text.color": TEXT,
     "axes.labelcolor": TEXT, "axes.edgecolor": LINE, "xtick.color": TEXT, "ytick.color": TEXT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
     "axes.axisbelow": True, "axes.formatter.limits": (-3, 6), "axes.formatter.useoffset": False,
@@ -226,6 +226,7 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
         axes.minorticks_off()
     elif text is not None:
         mpl.set_major_formatter(lambda value, _: text(value))
+        mpl.set_minor_formatter(lambda value, _: "")
     mpl.set_label_text(axis.label)
     highest = axes.dataLim.x1 if which == "x" else axes.dataLim.y1
     if axis.from_zero and 0 < highest < float("inf"):

@@ -138,7 +138,7 @@ class RunComparison:
         numeric = columns[2 + len(self.differing) :]
         page = render("runs.html.j2", charts=charts, columns=columns, rows=rows, numeric=numeric, comparison=self,
                       what=NUMBERS[self.judged_by][0])  # fmt: skip
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")  # paths may hold any bytes
         path.with_suffix(".json").write_text(json.dumps(self.as_json(charts), indent=1) + "\n", encoding="utf-8")
 
     def _present(self, keys: Sequence[str]) -> list[str]:

@@ -48,7 +48,7 @@ def write_report(run: TrainingRun, path: Path) -> None:
         checkpoints=checkpoint_rows(run), stall=_stall(run), samples=run.samples, changed=changed(run.settings),
         settings=[(key, show(value)) for key, value in run.settings.items()], environment=environment(run),
     )  # fmt: skip
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")  # paths may hold any bytes
     content = as_json(run, [chart for part in charts.values() for chart in part])
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
