@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from horizon.plan.memory import Line
 from horizon.report.curves import MOST_POINTS
 from horizon.report.run_report import write_report
 from horizon.report.runs import read_run
@@ -195,3 +196,14 @@ def test_a_loss_that_overflows_has_no_perplexity(tmp_path):
     page, content = report(tmp_path, [row(1, loss=1e30)], notes=facts(), after=1e9)
     assert "beyond any number" in page and content["numbers"]["validation_loss_after"] == 1e9
     assert math.isfinite(content["numbers"]["recent_loss"])
+
+
+def test_the_hosts_measured_peak_is_compared_with_all_that_the_process_was_to_hold(tmp_path):
+    planned = [Line("host", "weights (bf16)", 2 * GIB), Line("cxl", "exp_avg", GIB), Line("nvme", "padding", GIB)]
+    _, content = report(tmp_path, [row(1)], notes=facts(planned=planned, limits={}))
+    assert [(tier["tier"], tier["planned_bytes"], tier["measured_bytes"]) for tier in content["memory"]] == [
+        ("host", 3 * GIB, 3 * GIB + 1), ("cxl", GIB, None), ("nvme", GIB, None),
+    ]  # fmt: skip
+    bars = {chart["title"]: chart["bars"] for chart in content["charts"] if "bars" in chart}
+    assert {"label": "on cxl", "values": [1.0, 0.0]} in bars["Host memory"]
+    assert bars["Memory on cxl"] == [{"label": "exp_avg", "values": [1.0]}]
