@@ -25,7 +25,7 @@ from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit
 from horizon.report.console import StepDisplay
 from horizon.report.metrics import MetricsWriter, cut_rows, from_row, to_json
-from horizon.report.record import RunRecord, recorded
+from horizon.report.record import RunRecord, keeps_record
 from horizon.report.split import describe_split
 from horizon.report.trace import require_matplotlib
 from horizon.run_checkpoints import RunCheckpoints, Start, check_checkpoint_settings, data_facts
@@ -67,7 +67,7 @@ class Trainer:
         self.replay_path = self.output_dir / "replay.jsonl"  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
-    @recorded
+    @keeps_record
     def run(self) -> RunSummary:
         """Train, and print on the way what happens.
 

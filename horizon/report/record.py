@@ -140,7 +140,7 @@ class Recorded(Protocol):
     record: RunRecord
 
 
-def recorded(run: Callable[..., T]) -> Callable[..., T]:
+def keeps_record(run: Callable[..., T]) -> Callable[..., T]:
     """A method of something that has a record, with that record open around it."""
 
     @functools.wraps(run)

@@ -9,7 +9,7 @@ import torch
 from horizon.errors import BudgetError
 from horizon.plan.memory import Limits, Line, MemoryPlan
 from horizon.report.facts import RunFacts, Status
-from horizon.report.record import RunRecord, command_line, note_failure, recorded
+from horizon.report.record import RunRecord, command_line, keeps_record, note_failure
 from horizon.units import GIB
 from tests.report.folders import SPLIT, row, write_run
 
@@ -87,11 +87,11 @@ def test_a_run_that_was_refused_before_it_began_has_a_record_but_no_other_run_lo
     assert RunFacts.read(tmp_path / "old").status is Status.finished
 
 
-def test_a_recorded_method_has_the_record_open_around_it(tmp_path):
+def test_a_method_that_keeps_a_record_has_the_record_open_around_it(tmp_path):
     class Work:
         record = RunRecord(tmp_path)
 
-        @recorded
+        @keeps_record
         def run(self):
             """Says it."""
             self.record.recorded(SPLIT)
