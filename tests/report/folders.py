@@ -9,7 +9,7 @@ from horizon.plan.prediction import StepPrediction
 from horizon.records import CheckpointRow, StepRow, StepSplit, Traffic
 from horizon.report.facts import RunFacts
 from horizon.report.measurements import Run
-from horizon.report.metrics import to_json
+from horizon.report.metrics import from_row, to_json
 from horizon.units import GIB
 
 ENVIRONMENT = Run(
@@ -35,7 +35,7 @@ def row(step, **values):
         "host_bytes": 3 * GIB + step, "device_bytes": GIB, "skipped": False, "clip_scale": 0.5 if step % 2 else 1.0,
         "corrected_blocks": 0, "projected_gradients": [], "simulated": False, "time": 1.7e9 + step,
     }  # fmt: skip
-    return StepRow(**numbers | values)
+    return from_row(StepRow, numbers | values)
 
 
 def facts(**values):
