@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,8 @@ commands:
   import       a checkpoint from a Hugging Face folder: horizon import MODEL_FOLDER CHECKPOINT
   checkpoint   look after checkpoints: horizon checkpoint ls|verify|diff|prune FOLDER ...
   bench        measure every memory tier of this machine: horizon bench tiers [--out DIR] [--quick]
-  report       compare two measurements: horizon report compare A.json B.json [--out FILE]
+  report       a run's report, or several compared: horizon report RUN [RUN ...] [--out FILE]; horizon report compare
+               A.json B.json: two measurements of bench
 
 flags:
   -h, --help     print this and exit
@@ -140,24 +142,38 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    """Run once, or every run of a sweep: one that fails is reported at once and the others still run."""
+    """Run once, or every run of a sweep: one that fails is told at once, the others still run, and all are compared."""
     # OpenMP's threads spin while they wait, and beside any other busy process that makes CPU training 7 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
     from horizon.config.compose import run_with_hydra
 
     failures: list[HorizonError] = []
 
-    def report(error: HorizonError) -> None:
+    def report(error: HorizonError, folder: Path) -> None:
+        from horizon.report.record import note_failure
+
         _print_error(error)
         failures.append(error)
+        note_failure(folder, error)
 
     def task(config: HorizonConfig, output_dir: Path, command: str) -> float | None:
         from horizon.trainer import Trainer
 
         return Trainer(config, output_dir, command=command).run().validation_loss_after  # what a sweeper may minimise
 
-    run_with_hydra(task, arguments, report)
+    run_with_hydra(task, arguments, report, _compare_sweep)
     return 1 if failures else 0
+
+
+def _compare_sweep(folder: Path) -> None:
+    """Print the table of a sweep's runs and write the page; where that fails, the runs are still what they are."""
+    from horizon.commands import report
+
+    print(f"\nruns of {folder}", flush=True)
+    try:
+        report.run([str(folder)])
+    except HorizonError as error:
+        _print_error(error)
 
 
 def _check(arguments: list[str]) -> int:
@@ -215,7 +231,8 @@ def _complete(arguments: list[str]) -> int:
             print(" ".join(name for name in COMMANDS if name.startswith(command)))
             return 0
         os.environ["COMP_LINE"] = f"{program} {rest}"
-    run_with_hydra(lambda *run: None, ["-sc", *arguments], _print_error)
+    nothing: Callable[..., None] = lambda *arguments: None  # noqa: E731
+    run_with_hydra(nothing, ["-sc", *arguments], nothing, nothing)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from horizon.config.schema import TrainConfig
 from horizon.data import TextData
 from horizon.errors import ConfigError
 from horizon.generation.prompts import padding_id
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 SAMPLE_FROM = 20  # tokens that one of a sample is drawn from
 PROMPT_TOKENS = 32  # taken from a row when train.sample_prompt is null
+
+
+def prompt_text(data: TextData, train: TrainConfig) -> str | None:
+    """What the samples of a run go on from; None where it has none."""
+    if not train.sample_tokens:
+        return None
+    return str(data.tokenizer.decode(sample_prompt(data, train.sample_prompt, train.sample_tokens)))
 
 
 def sample_prompt(data: TextData, text: str | None, num_tokens: int) -> list[int]:

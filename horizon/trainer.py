@@ -26,11 +26,12 @@ from horizon.report.callbacks import Callback, Callbacks
 from horizon.report.console import StepDisplay
 from horizon.report.ending import describe_end, describe_stop
 from horizon.report.metrics import METRICS_FILE, MetricsWriter, cut_rows, from_row, to_json
+from horizon.report.record import RunRecord, keeps_record
 from horizon.report.trackers import import_trackers, open_trackers
 from horizon.run_checkpoints import Note, RunCheckpoints, Start, data_facts
 from horizon.run_log import LOG_FILE, RunLog, open_checkpoints
 from horizon.run_settings import build_engine, check_settings, with_lr, write_config
-from horizon.sampling import generate, sample_prompt
+from horizon.sampling import generate, prompt_text, sample_prompt
 
 if TYPE_CHECKING:
     from horizon.engine import Engine
@@ -48,8 +49,9 @@ class Assessment(NamedTuple):
 class Trainer:
     """One run: `Trainer(config, output_dir).run()`.
 
-    Writes config.yaml, metrics.jsonl (a line a step), evaluations.jsonl, summary.json, the folder model, with
-    optim=mezo replay.jsonl and, where they are asked for, checkpoints, trace.json and trace.png into `output_dir`.
+    Writes config.yaml, metrics.jsonl (a line a step), evaluations.jsonl, summary.json, run.json, the report, the folder
+    model, with optim=mezo replay.jsonl and, where they are asked for, checkpoints, trace.json and trace.png into
+    `output_dir`.
     With checkpoints or optim=mezo, the first SIGTERM or Ctrl-C while it trains has it save and stop.
     """
 
@@ -75,12 +77,14 @@ class Trainer:
         self._callbacks = Callbacks(self._own)
         self._clipping = Clipping(config.optim.max_grad_norm, config.optim.clip)
         self.output_dir = Path(output_dir)
+        self.record = RunRecord(self.output_dir)  # run.json and the report
         self.metrics_path = self.output_dir / METRICS_FILE
         self.trace_path = self.output_dir / "trace.json"
         self.start = Start()
         self.replay_path = self.output_dir / LOG_FILE  # optim=mezo
         self.rows: list[StepRow] = []  # the steps done so far, as far as this output_dir knows of them
 
+    @keeps_record
     def run(self) -> RunSummary:
         """Train, and print on the way what happens.
 
@@ -174,6 +178,7 @@ class Trainer:
         self._callbacks = Callbacks([*open_trackers(self.config, self.output_dir, kept), *self._own])
         with Evaluation(self.config.eval, engine, held_out, self.output_dir, kept, self._callbacks.tell) as evaluation:
             before = self._begin(engine, data, evaluation)
+            self.record.began(engine, self.start.step, before.loss, before.sample, prompt_text(data, train))
             note = self._make_note(loader, data, evaluation, before)
             checkpoints.begin(self.start, engine, note, self._callbacks.tell)
             split = self._train(engine, loader, checkpoints, evaluation)
@@ -250,6 +255,7 @@ class Trainer:
                 is_due = evaluation.is_due(row.step, self.tokens)
                 if row.step == last or is_due:
                     recorded.close()  # an evaluation is no part of a step
+                    self.record.recorded(None if recording is None else recording.split)
                 if is_due:
                     found = evaluation.when_due(row.step, self.tokens)
                     display.say(f"validation loss at step {row.step}: {describe_eval(found)}")

@@ -128,6 +128,18 @@ def test_a_sweep_reports_a_failing_run_goes_on_and_exits_1(stubbed, tmp_path):
     assert done.returncode == 1
     assert done.stderr == "horizon: BudgetError: no room\n"
     assert [path.parent.name for path in tmp_path.glob("multirun/*/*/*/seen")] == ["1"]
+    assert "0 failed: BudgetError: no room" in done.stdout
+
+
+def test_a_sweep_that_ends_with_an_unknown_exception_compares_what_there_is(stubbed, tmp_path):
+    body = "if self.config.seed == 0: raise ZeroDivisionError('deep')\n        (self.output_dir / 'seen').touch()"
+    done = stubbed(body, "train", "-m", "seed=0,1")
+    assert done.returncode == 1 and "ZeroDivisionError: deep" in done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")][:2] == [
+        ["0", "0"],
+        ["1", "1"],
+    ]
+    assert len(list(tmp_path.glob("multirun/*/*/comparison.html"))) == 1
 
 
 def test_one_run_gets_a_dated_folder_with_hydras_record_and_no_change_of_directory(stubbed, tmp_path):

@@ -15,6 +15,7 @@ from horizon.config.schema import HorizonConfig
 from horizon.data.tokenizer import byte_tokenizer
 from horizon.inference import InferenceEngine
 from horizon.records import CheckpointRow, EvalRow, Score, StepRow, StepSplit
+from horizon.report.facts import RunFacts
 from tests.checkpoint.engines import build, train
 from tests.parity import reference
 from tests.parity.reference import FAMILIES
@@ -81,6 +82,11 @@ def test_every_field_of_the_split_is_listed():
     fields = table((ROOT / "docs/tracing.md").read_text(), "## The split of a step")
     listed = [name for cell in fields for name in re.findall(r"\w+", cell)]
     assert listed == [field.name for field in dataclasses.fields(StepSplit)]
+
+
+def test_every_field_of_a_runs_facts_is_listed():
+    listed = table((ROOT / "docs/reports.md").read_text(), "## run.json")
+    assert list(listed) == [field.name for field in dataclasses.fields(RunFacts)]
 
 
 FORMAT = (ROOT / "docs/checkpoint-format.md").read_text()

@@ -100,6 +100,13 @@ def test_callbacks_hear_of_evaluations_and_checkpoints(tmp_path):
     assert lines[-1].startswith("30 steps, the slowest was step ")
 
 
+def test_a_sweep_finds_the_better_rate_and_ends_with_the_comparison(tmp_path, capfd):
+    assert load("sweep_learning_rates").main(tmp_path, rates=(1e-5, 1e-2), steps=12, device="cpu") == 1e-2
+    table = capfd.readouterr().out.partition("runs of ")[2].splitlines()
+    assert table[1].split()[:2] == ["run", "optim.lr"] and table[3].split()[:3] == ["1", "0.01", "finished"]
+    assert (tmp_path / "sweep" / "comparison.html").is_file() and (tmp_path / "sweep" / "0" / "report.html").is_file()
+
+
 def test_every_example_is_short_and_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text()

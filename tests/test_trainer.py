@@ -48,7 +48,10 @@ class FakeEngine:
         self.vocab_size, self.at_step, self.loss_at = vocab_size, at_step, loss_at
         self.lr, self.lrs, self.evaluated, self.closed, self.saved, self.windows = 0.0, [], [], False, None, []
         self.host_bytes, self.device_bytes = 1 << 30, 0
-        self.plan = SimpleNamespace(table=lambda: "the plan", limits=Limits(0, 0), prediction=None)
+        self.device, self.plan = torch.device("cpu"), SimpleNamespace(
+            table=lambda: "the plan", limits=Limits(0, 0), num_bytes=lambda tier: 0, lines=(), activations=(),
+            prediction=None, num_parameters=0,
+        )  # fmt: skip
         self.recorded, self.trace_files = None, None
 
     def __enter__(self):

@@ -12,7 +12,6 @@ import torch
 from horizon.bench.disk import PLACE as DISK
 from horizon.bench.disk import disk
 from horizon.bench.link import link
-from horizon.bench.machine import describe_run
 from horizon.bench.memory import Effort, bandwidth, latency, loaded_latency
 from horizon.bench.places import Place, find_places, find_processors, simulated_place
 from horizon.bench.policies import Shape, policies
@@ -20,6 +19,7 @@ from horizon.bench.update import update
 from horizon.errors import BudgetError, DataError
 from horizon.optim.threads import available_cores
 from horizon.plan.topology import read_topology
+from horizon.report.environment import describe_run
 from horizon.report.measurements import Measurements, Row, Skipped
 from horizon.store.numa import bindable
 from horizon.units import GIB, KIB, MIB

@@ -9,7 +9,7 @@ from pathlib import Path
 from horizon.bench.tiers import FULL, QUICK, Options, measure_tiers
 from horizon.config.arguments import ArgumentParser
 from horizon.errors import ConfigError
-from horizon.report.charts import require_report_extra
+from horizon.report.page import require_report_extra
 from horizon.report.tiers import write_html, write_markdown
 
 NAME = "tiers"  # of the files

@@ -19,6 +19,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -87,12 +88,14 @@ def dump_machine(machine: MachineFile) -> str:
 def run_with_hydra(
     task: Callable[[HorizonConfig, Path, str], Any],
     arguments: list[str],
-    on_error: Callable[[HorizonError], None],
+    on_error: Callable[[HorizonError, Path], None],
+    on_sweep_end: Callable[[Path], None],
 ) -> None:
     """Hand `arguments` to Hydra, which calls `task(config, output_dir, command)` once, or for each run of a sweep.
 
-    `command` is what begins that run again in its folder, but for `resume`.
-    A named error of a run goes to `on_error` and the runs after it still take place.
+    `command` is what begins that run again in its folder, but for `resume`. A named error of a run goes to `on_error`,
+    with its folder, and the runs after it still take place. When a sweep has ended, however it did, `on_sweep_end` gets
+    its folder.
 
     Raises:
         ConfigError: an unknown key or group, or a value of the wrong type.
@@ -102,13 +105,17 @@ def run_with_hydra(
     if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 refuses the lazy help text of Hydra's own parser
         setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010
 
+    sweeps: list[Path] = []
+
     def job(composed: DictConfig) -> Any:
         settings = HydraConfig.get()
+        folder = Path(settings.runtime.output_dir)
+        if settings.mode is RunMode.MULTIRUN:
+            sweeps.append(Path(settings.sweep.dir))
         try:
-            config = to_config(composed, settings.overrides.task)
-            return task(config, Path(settings.runtime.output_dir), _command(settings))
+            return task(to_config(composed, settings.overrides.task), folder, _command(settings))
         except HorizonError as error:  # caught here because Hydra adds lines of its own to what passes through it
-            on_error(error)
+            on_error(error, folder)
             return None
 
     sys.argv[1:] = arguments
@@ -116,6 +123,9 @@ def run_with_hydra(
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_config_error(error) from error
+    finally:
+        if sweeps:
+            on_sweep_end(sweeps[0])
 
 
 def _command(settings: Any) -> str:

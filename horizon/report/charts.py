@@ -1,338 +1,269 @@
-"""The charts of a report on tiers, each drawn twice as SVG: for light pages and paper, and for dark screens."""
+"""Charts as data, and drawn: an SVG inside the page, whose colours are the page's own, on screens and on paper.
+
+A chart keeps the points that it draws, so that they can be written beside the picture.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from enum import StrEnum
+from html import escape
 from typing import TYPE_CHECKING, Any
-
-from horizon.errors import ConfigError
-from horizon.report.measurements import LESS_IS_BETTER, Measurements, Row, by_setting, short_bytes, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart also with colour-blind eyes and in print; see also the markers.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#b8860b")
-DARK_SERIES = ("#56b4e9", "#ff8a3d", "#2fc9a0", "#e6a0cc", "#f0c14b", "#9ad0f5", "#b0b0b0", "#d8b04a")
+# Colours that stand for those of style.css.j2: --text, --line and --series-0, ... replace them in the SVG.
+TEXT, LINE = "#000001", "#000002"
+SERIES = tuple(f"#0000{16 + i:02x}" for i in range(8))
 MARKERS = "osD^vP*X"
+MARKED_POINTS = 24  # more are a line without markers
+SHORT_LABEL = 16  # characters; three columns of such fit
+LEGEND_INSIDE = 4  # series; more have their legend above the chart
+
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "horizon", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "text.color": TEXT,
+    "axes.labelcolor": TEXT, "axes.edgecolor": LINE, "xtick.color": TEXT, "ytick.color": TEXT,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "axes.formatter.limits": (-3, 6), "axes.formatter.useoffset": False,
+    "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "lines.markersize": 4.5,
+}  # fmt: skip
+
+
+class Style(StrEnum):
+    """How a series is drawn."""
+
+    line = "line"
+    dashed = "dashed"
+    faint = "faint"  # behind another that says what it means
+    points = "points"
+    level = "level"  # one value, across the chart
+    marks = "marks"  # at the bottom: where something has no value
 
 
 @dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of a page."""
+class Series:
+    """Points of a chart; where y is NaN there is none."""
 
-    text: str
-    grid: str
-    series: tuple[str, ...]
-
-
-LIGHT, DARK = Theme("#24292f", "#d8dee4", SERIES), Theme("#d7dde4", "#3a4350", DARK_SERIES)
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int = 0  # of the page's eight
+    style: Style = Style.line
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
-    """A picture for a page; both are data URIs."""
+class Axis:
+    """What an axis says.
+
+    Attributes:
+        scale: linear, log (of 10), or log2.
+        ticks, limits: where they are given, those and no others.
+        text: of a tick's value; None: matplotlib's.
+    """
+
+    label: str
+    scale: str = "linear"
+    ticks: Sequence[float] | None = None
+    text: Callable[[float], str] | None = None
+    from_zero: bool = False
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart(ABC):
+    """A picture for a page."""
 
     title: str
     says: str  # what is drawn and how to read it
-    light: str
-    dark: str
+
+    @abstractmethod
+    def draw(self, axes: Axes) -> None:
+        """Onto empty axes."""
+
+    @abstractmethod
+    def data(self) -> dict[str, Any]:
+        """The points that are drawn."""
+
+    @property
+    def inches(self) -> tuple[float, float]:
+        """Width and height."""
+        return 5.6, 3.4
+
+    def as_json(self) -> dict[str, Any]:
+        """Title and points."""
+        return {"title": self.title, **self.data()}
+
+    @property
+    def svg(self) -> str:
+        """The drawing, as an element for a page."""
+        return _drawn(self)
 
 
-Draw = Callable[["Axes", Theme], None]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineChart(Chart):
+    """Series over an axis."""
+
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+
+    def data(self) -> dict[str, Any]:
+        """Axes and series."""
+        series = [{"label": s.label, "x": list(s.x), "y": list(s.y)} for s in self.series]
+        return {"x": self.x.label, "y": self.y.label, "series": series}
+
+    def draw(self, axes: Axes) -> None:
+        """Lines, the first on top."""
+        for order, series in enumerate(self.series):
+            _plot(axes, series, len(self.series) - order)
+        _set_axis(axes, "x", self.x)
+        _set_axis(axes, "y", self.y)
+        _legend(axes, [s.label for s in self.series])
 
 
-def require_report_extra() -> None:
-    """Raise a ConfigError where a report cannot be drawn or written."""
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"a report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'horizon[report]'"
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BarChart(Chart):
+    """Horizontal bars: of each name one beside another, or end to end."""
+
+    names: tuple[str, ...]
+    x: Axis
+    bars: tuple[tuple[str, tuple[float, ...]], ...]  # label, and a value for each name
+    stacked: bool = False
+    hatched: tuple[bool, ...] = ()  # of each name
+
+    def data(self) -> dict[str, Any]:
+        """Names and values."""
+        bars = [{"label": label, "values": list(values)} for label, values in self.bars]
+        return {"x": self.x.label, "names": list(self.names), "bars": bars}
+
+    @property
+    def inches(self) -> tuple[float, float]:
+        """As high as the bars need."""
+        num_rows = len(self.names) if self.stacked else len(self.names) * len(self.bars)
+        return (5.6, 1.6 + 0.4 * num_rows) if self.stacked else (5.6, min(max(3.4, 1.5 + 0.17 * num_rows), 9.0))
+
+    def draw(self, axes: Axes) -> None:
+        """The first name on top."""
+        rows, ends = range(len(self.names)), [0.0] * len(self.names)
+        height = 0.62 if self.stacked else 0.8 / len(self.bars)
+        for i, (label, values) in enumerate(self.bars):
+            shift = 0.0 if self.stacked else (i - (len(self.bars) - 1) / 2) * height
+            at, color = [row + shift for row in rows], SERIES[i % len(SERIES)]
+            drawn: Any = axes.barh(at, values, height, left=ends, color=color, label=label)
+            for bar, hatched in zip(drawn, self.hatched, strict=False):
+                bar.set_hatch("///" if hatched else "")
+                bar.set_edgecolor(LINE)
+            if self.stacked:
+                ends = [end + value for end, value in zip(ends, values, strict=True)]
+        axes.set_yticks(rows, self.names)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        _set_axis(axes, "x", self.x)
+        columns = 2 if any(len(label) > SHORT_LABEL for label, _ in self.bars) else 3
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2, handlelength=1.2)
 
 
-def charts_of(measured: Measurements) -> list[Chart]:
-    """One for each kind of test that has rows."""
-    return [chart(title, says, draw) for test, title, says, draw in _drawings(measured) if measured.of(test)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix(Chart):
+    """A number for each pair of a row and a column."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]  # NaN: none
+    unit: str
+    text: Callable[[float], str]
+
+    def data(self) -> dict[str, Any]:
+        """Names and values."""
+        values = [list(line) for line in self.values]
+        return {"unit": self.unit, "rows": list(self.rows), "columns": list(self.columns), "values": values}
+
+    def draw(self, axes: Axes) -> None:
+        """Darker is more."""
+        axes.imshow(self.values, cmap="Blues", aspect="auto", alpha=0.55)
+        for y, line in enumerate(self.values):
+            for x, value in enumerate(line):
+                axes.text(x, y, self.text(value), ha="center", va="center", fontsize=11)
+        axes.set_xticks(range(len(self.columns)), self.columns)
+        axes.set_yticks(range(len(self.rows)), self.rows)
+        axes.grid(visible=False)
+        axes.set_title(self.unit, fontsize=9.5, loc="right")
 
 
-def _drawings(measured: Measurements) -> Iterator[tuple[str, str, str, Draw]]:
-    yield (
-        "latency", "Idle latency",
-        "Nanoseconds of one load whose address is the value of the load before, by the size of what is loaded from. "
-        "Steps are the caches; the right end is the memory itself.",
-        lambda axes, theme: _latency(axes, theme, measured.of("latency")),
-    )  # fmt: skip
-    yield (
-        "loaded latency", "Latency under load",
-        "The same chase while all other processors read from that memory. Where it bends up, the memory is full.",
-        lambda axes, theme: _loaded(axes, theme, measured.of("loaded latency")),
-    )  # fmt: skip
-    yield (
-        "bandwidth", "Bandwidth by threads",
-        "Median of the best block size. Mixed is two reads and a write; a write counts once, though it fetches first.",
-        lambda axes, theme: _by_threads(axes, theme, measured.of("bandwidth")),
-    )  # fmt: skip
-    yield (
-        "bandwidth", "Bandwidth by block",
-        "With all threads: how much is moved in one go before jumping elsewhere.",
-        lambda axes, theme: _by_block(axes, theme, measured.of("bandwidth")),
-    )  # fmt: skip
-    reads = [row for row in measured.of("bandwidth") if row.settings["access"] == "read"]
-    if len({(row.place, row.settings["cpus"]) for row in reads}) > 1:
-        yield (
-            "latency", "Latency by pair",
-            "Idle latency of the largest size, from each node's processors to each memory.",
-            lambda axes, theme: _pairs(axes, theme, largest(measured.of("latency"), "size")),
-        )  # fmt: skip
-        yield (
-            "bandwidth", "Read bandwidth by pair",
-            "With the best number of threads and block, from each node's processors to each memory.",
-            lambda axes, theme: _pairs(axes, theme, reads),
-        )  # fmt: skip
-    yield (
-        "link", "Link to the GPU",
-        "Host to device and back, from pinned and from pageable memory, with the largest copies.",
-        lambda axes, theme: _link(axes, theme, measured.of("link")),
-    )  # fmt: skip
-    yield (
-        "disk", "Disk",
-        "Median by requests under way, for each size of a request, past the page cache where the file system lets it.",
-        lambda axes, theme: _disk(axes, theme, measured.of("disk")),
-    )  # fmt: skip
-    yield (
-        "adamw", "AdamW with its states on each tier",
-        "Parameters updated in a second with the best number of threads, by how many there are; caches hold few.",
-        lambda axes, theme: _adamw(axes, theme, measured.of("adamw")),
-    )  # fmt: skip
-    yield (
-        "step", "Planned against measured step",
-        "A small model under each policy: what the plan said before the first step, the median step, and the best.",
-        lambda axes, theme: _steps(axes, theme, measured.of("step")),
-    )  # fmt: skip
+def _plot(axes: Axes, series: Series, order: int) -> None:
+    i = series.color
+    settings: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "label": series.label or None, "zorder": 2 + order}
+    marker = MARKERS[i % len(MARKERS)]
+    match series.style:
+        case Style.level:
+            axes.axhline(series.y[0], linestyle=":", **settings)
+        case Style.points:
+            axes.plot(series.x, series.y, linestyle="none", marker=marker, **settings | {"zorder": 20})
+        case Style.marks:
+            at = [0.02] * len(series.x)  # of the height
+            axes.plot(series.x, at, "x", transform=axes.get_xaxis_transform(), **settings)
+        case Style.faint:
+            axes.plot(series.x, series.y, linewidth=0.8, alpha=0.4, **settings)
+        case style:
+            marker = marker if len(series.x) <= MARKED_POINTS else ""
+            axes.plot(series.x, series.y, "--" if style is Style.dashed else "-", marker=marker, **settings)
 
 
-def chart(title: str, says: str, draw: Draw) -> Chart:
-    """Draw it for both kinds of page."""
-    return Chart(title, says, _svg(draw, LIGHT), _svg(draw, DARK))
+def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
+    if axis.scale != "linear":
+        axes.set(**{f"{which}scale": "log"})
+        if axis.scale == "log2":
+            getattr(axes, f"set_{which}scale")("log", base=2)
+    mpl: Any = axes.xaxis if which == "x" else axes.yaxis
+    text = axis.text
+    if axis.ticks is not None:
+        mpl.set_ticks(axis.ticks, labels=[f"{tick:g}" if text is None else text(tick) for tick in axis.ticks])
+        axes.minorticks_off()
+    elif text is not None:
+        mpl.set_major_formatter(lambda value, _: text(value))
+        mpl.set_minor_formatter(lambda value, _: "")
+    mpl.set_label_text(axis.label)
+    highest = axes.dataLim.x1 if which == "x" else axes.dataLim.y1
+    if axis.from_zero and 0 < highest < float("inf"):
+        axes.set(**{f"{which}lim": (0, 1.06 * highest)})
+    if axis.limits is not None:
+        axes.set(**{f"{which}lim": axis.limits})
 
 
-def _svg(draw: Draw, theme: Theme) -> str:
+def _legend(axes: Axes, labels: Sequence[str]) -> None:
+    named = [label for label in labels if label]
+    if len(named) > LEGEND_INSIDE:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    elif named:
+        axes.legend(loc="best")
+
+
+def _drawn(chart: Chart) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": "horizon", "svg.fonttype": "path", "font.size": 9.5, "text.color": theme.text,
-        "axes.labelcolor": theme.text, "axes.edgecolor": theme.grid, "xtick.color": theme.text,
-        "ytick.color": theme.text, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": theme.grid, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-        "legend.fontsize": 8.5, "lines.linewidth": 1.8, "lines.markersize": 4.5,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        draw(axes, theme)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
+    file = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=chart.inches, layout="constrained", facecolor="none")
+        canvas: Any = FigureCanvasSVG(figure)
+        chart.draw(figure.add_subplot(facecolor="none"))
+        canvas.print_svg(file, metadata={"Date": None})  # savefig would lay everything out twice
+    return _for_page(file.getvalue(), f"{chart.title}: {chart.says}")
 
 
-# ---- the drawings
-
-
-def _lines(
-    axes: Axes, theme: Theme, series: Sequence[tuple[str, Sequence[float], Sequence[float]]], dashed: str = "nothing"
-) -> None:
-    """(label, xs, ys) each; those with `dashed` in their label are, and share colours with the others in turn."""
-    counts = {"-": 0, "--": 0}
-    for label, xs, ys in series:
-        style = "--" if dashed in label else "-"
-        i = counts[style] if dashed == "write" else sum(counts.values())
-        counts[style] += 1
-        color, marker = theme.series[i % len(theme.series)], MARKERS[i % len(MARKERS)]
-        axes.plot(xs, ys, style, marker=marker, color=color, label=label)
-    if len(series) > 4:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    else:
-        axes.legend(loc="best")
-
-
-def _series(rows: Sequence[Row], label: Callable[[Row], str], x: str) -> list[tuple[str, list[float], list[float]]]:
-    """Medians by a setting, a series for each label; of rows with the same label and x, the best."""
-    found: dict[str, dict[float, float]] = {}
-    for row in rows:
-        points, at = found.setdefault(label(row), {}), float(row.settings[x])
-        better = min if row.unit in ("ns", "s") else max
-        points[at] = better(points.get(at, row.median), row.median)
-    return [(name, sorted(points), [points[at] for at in sorted(points)]) for name, points in found.items()]
-
-
-def _place(row: Row, rows: Sequence[Row]) -> str:
-    """The place, and from which processors where there are several."""
-    several = len({one.settings["cpus"] for one in rows}) > 1
-    return f"{row.place}, from {row.settings['cpus']}" if several else row.place
-
-
-def _byte_axis(axes: Axes, label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: short_bytes(value))
-    axes.set_xlabel(label)
-
-
-def _count_axis(axes: Axes, label: str, counts: Sequence[float]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(counts)), [f"{count:g}" for count in sorted(set(counts))])
-    axes.set_xlabel(label)
-
-
-def _nearest(rows: Sequence[Row]) -> list[Row]:
-    """Of each place the rows from the processors that reach it best (judged by what no cache holds)."""
-    chosen: dict[str, Row] = {}
-    for row in largest(rows, "size") or rows:
-        less = row.unit in LESS_IS_BETTER
-        best = chosen.setdefault(row.place, row)
-        if (row.median < best.median) is less:
-            chosen[row.place] = row
-    return [row for row in rows if row.settings["cpus"] == chosen[row.place].settings["cpus"]]
-
-
-def _readable(rows: Sequence[Row]) -> list[Row]:
-    """Few enough lines to tell apart: from the nearest processors, and reads alone where there are many places."""
-    rows = _nearest(rows)
-    many = len({row.place for row in rows}) > 2
-    return [row for row in rows if row.settings["access"] == "read"] if many else rows
-
-
-def _pairs(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    """A matrix of medians: processors down, memories across; of rows of the same pair, the best."""
-    places, cpus = (
-        list(dict.fromkeys(names)) for names in zip(*((r.place, r.settings["cpus"]) for r in rows), strict=True)
-    )
-    better = min if rows[0].unit in LESS_IS_BETTER else max
-    best: dict[tuple[str, Any], float] = {}
-    for row in rows:
-        key = row.place, row.settings["cpus"]
-        best[key] = better(best.get(key, row.median), row.median)
-    grid = [[best.get((place, name), float("nan")) for place in places] for name in cpus]
-    axes.imshow(grid, cmap="Blues", aspect="auto", alpha=0.55)
-    for y, line in enumerate(grid):
-        for x, value in enumerate(line):
-            axes.text(x, y, short_number(value), ha="center", va="center", fontsize=11)
-    axes.set_xticks(range(len(places)), [place.replace(" ", "\n", 1) for place in places])
-    axes.set_yticks(range(len(cpus)), [f"from\n{name}" for name in cpus])
-    axes.grid(visible=False)
-    axes.set_title(rows[0].unit, fontsize=9.5, loc="right", color=theme.text)
-
-
-def _latency(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    rows = _nearest(rows)
-    _lines(axes, theme, _series(rows, lambda row: _place(row, rows), "size"))
-    _byte_axis(axes, "size of what is loaded from")
-    axes.set_yscale("log")
-    low, high = min(row.median for row in rows), max(row.median for row in rows)
-    ticks = [t * 10**e for e in range(-1, 6) for t in (1, 2, 5) if low / 2 <= t * 10**e <= high * 2]
-    axes.set_yticks(ticks, [short_number(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylabel("ns a load")
-
-
-def _loaded(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    found: dict[str, list[tuple[float, float]]] = {}
-    rows = _nearest(rows)
-    for row in rows:
-        found.setdefault(_place(row, rows), []).append((row.also["load_gb_per_s"], row.median))
-    _lines(axes, theme, [(n, [x for x, _ in sorted(p)], [y for _, y in sorted(p)]) for n, p in found.items()])
-    axes.set_xlabel("GB/s that the others read meanwhile")
-    axes.set_ylabel("ns a load")
-    axes.set_ylim(bottom=0)
-
-
-def _by_threads(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    rows = _readable(rows)
-    _lines(axes, theme, _series(rows, lambda row: f"{row.settings['access']}, {_place(row, rows)}", "threads"))
-    _count_axis(axes, "threads", [float(row.settings["threads"]) for row in rows])
-    axes.set_ylabel("GB/s")
-    axes.set_ylim(bottom=0)
-
-
-def _by_block(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    rows = _readable(rows)
-    most = max(float(row.settings["threads"]) for row in rows)
-    rows = [row for row in rows if row.settings["threads"] == most]
-    _lines(axes, theme, _series(rows, lambda row: f"{row.settings['access']}, {_place(row, rows)}", "block"))
-    _byte_axis(axes, f"block ({most:g} threads)")
-    axes.set_ylabel("GB/s")
-    axes.set_ylim(bottom=0)
-
-
-def _link(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    rows = largest(rows, "size")
-    places = list(dict.fromkeys(row.place for row in rows))
-    kinds = list(dict.fromkeys((str(row.settings["direction"]), str(row.settings["memory"])) for row in rows))
-    height = 0.8 / len(kinds)
-    for i, (direction, memory) in enumerate(kinds):
-        found = {
-            r.place: r.median for r in rows if (r.settings["direction"], r.settings["memory"]) == (direction, memory)
-        }
-        at = [y + (i - (len(kinds) - 1) / 2) * height for y in range(len(places))]
-        axes.barh(at, [found.get(p, 0.0) for p in places], height, color=theme.series[i], label=f"{direction} {memory}")
-    axes.set_yticks(range(len(places)), places)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"GB/s, {short_bytes(float(rows[0].settings['size']))} a copy")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-
-
-def _disk(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    def label(row: Row) -> str:
-        return f"{row.settings['access']} {short_bytes(float(row.settings['block']))}"
-
-    _lines(axes, theme, _series(rows, label, "depth"), dashed="write")
-    _count_axis(axes, "requests under way", [float(row.settings["depth"]) for row in rows])
-    axes.set_ylabel("GB/s (dashed: writes)")
-    axes.set_ylim(bottom=0)
-
-
-def _adamw(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    def label(row: Row) -> str:
-        return f"{row.place}: {row.settings['states']}" if row.settings["states"] != "all" else row.place
-
-    _lines(axes, theme, _series(rows, label, "parameters"), dashed="simulated")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
-    axes.set_xlabel("parameters" + (" (dashed: simulated)" if any(row.simulated for row in rows) else ""))
-    axes.set_ylabel("Gparam/s")
-    axes.set_ylim(bottom=0)
-
-
-def _steps(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    names, height = [row.place for row in rows], 0.26
-    bars = {
-        "planned": [row.also.get("planned_s", 0.0) for row in rows],
-        "median": [row.median for row in rows],
-        "best": [row.best for row in rows],
-    }
-    for i, (label, seconds) in enumerate(bars.items()):
-        at = [y + (i - 1) * height for y in range(len(rows))]
-        drawn: Any = axes.barh(at, [s * 1e3 for s in seconds], height, color=theme.series[i], label=label)
-        for bar, row in zip(drawn, rows, strict=True):
-            bar.set_hatch("///" if row.simulated else "")
-            bar.set_edgecolor(theme.grid)
-    axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("ms a step" + (" (hatched: simulated tier)" if any(row.simulated for row in rows) else ""))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(bars))
-
-
-def largest(rows: Sequence[Row], setting: str) -> list[Row]:
-    """Rows with the largest value of a setting."""
-    groups = list(by_setting(rows, setting))
-    return groups[-1][1] if groups else []
+def _for_page(svg: str, described: str) -> str:
+    """A file's content as an element: as wide as its place, in the page's colours and fonts, without addresses."""
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="(?![pmh][0-9a-f]{10}")[^"]*"', "", svg)  # but those that are referred to
+    head, rest = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]+"', head)
+    assert view is not None
+    variables = {TEXT: "text", LINE: "line"} | {color: f"series-{i}" for i, color in enumerate(SERIES)}
+    rest = re.sub(r"#0000[0-9a-f]{2}", lambda found: f"var(--{variables.get(found[0], 'text')})", rest)
+    return f'<svg class="chart" role="img" aria-label="{escape(described)}" {view[0]}>{rest}'

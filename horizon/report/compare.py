@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from horizon.errors import DataError
 from horizon.report.measurements import LESS_IS_BETTER, Measurements, Row, short_number
-from horizon.report.tiers import headlines, markdown_table, render
+from horizon.report.page import render
+from horizon.report.tables import markdown_table
+from horizon.report.tiers import headlines
 
 NOTEWORTHY = 0.1  # smaller differences are within what runs differ by
 COLUMNS = ("test", "where", "settings", "unit", "A", "B", "B is")
@@ -93,13 +94,6 @@ def compare(a: Measurements, b: Measurements) -> Comparison:
     if not pairs:
         raise DataError("the two files have no row in common; measure both with the same --quick")
     return Comparison(a, b, best, pairs, len(a.rows) - len(pairs), len(b.rows) - len(pairs))
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text for a terminal."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in (columns, *rows))  # fmt: skip
 
 
 def read_both(a: Path, b: Path) -> Comparison:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -40,17 +41,20 @@ class MetricsWriter:
         self._file.close()
 
 
-def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Keep the rows of steps up to `last_step`, each whole; gives them."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a file; none where there is no file."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:  # cut short when the run was killed
             break
-        if row["step"] > last_step:
-            break
-        rows.append(row)
+    return rows
+
+
+def cut_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keep the rows of steps up to `last_step`, each whole; gives them."""
+    rows = list(takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
     cut = path.with_name(f".{path.name}.cut")
     cut.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(cut, path)
@@ -66,12 +70,13 @@ def from_row(kind: type[Row], row: dict[str, Any]) -> Row:
 
 def to_json(row: DataclassInstance, indent: int | None = None) -> str:
     """The record as strict JSON: what is not a finite number becomes null, which every reader accepts."""
-    return json.dumps(_finite(dataclasses.asdict(row)), indent=indent)
+    return json.dumps(finite(dataclasses.asdict(row)), indent=indent)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for every number in it that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

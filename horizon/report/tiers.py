@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from horizon.report.charts import charts_of, largest, require_report_extra
 from horizon.report.measurements import LESS_IS_BETTER, Measurements, Row, short_bytes, short_number
+from horizon.report.page import render, require_report_extra
+from horizon.report.tables import markdown_table
+from horizon.report.tier_charts import charts_of, largest
 
-TEMPLATES = Path(__file__).parent / "templates"
 TESTS = {
     "latency": "Idle latency",
     "loaded latency": "Latency under load",
@@ -46,21 +46,14 @@ def write_html(measured: Measurements, path: Path) -> None:
         ConfigError: matplotlib or jinja2 is not installed.
     """
     require_report_extra()
+    run = measured.run
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     page = render(
         "tiers.html.j2", measured=measured, charts=charts_of(measured), headlines=headlines(measured),
-        findings=findings(measured), columns=COLUMNS,
+        findings=findings(measured), columns=COLUMNS, machine=[*run.facts.items(), ("versions", versions)],
         tables=[(title, [cells(row) for row in measured.of(t)]) for t, title in TESTS.items() if measured.of(t)],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
-
-
-def render(template: str, **values: Any) -> str:
-    """A template of this package; values are escaped."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.get_template(template).render(**values)
 
 
 def write_markdown(measured: Measurements, path: Path) -> None:
@@ -87,12 +80,6 @@ def write_markdown(measured: Measurements, path: Path) -> None:
         *(f"- {name}: {value}" for name, value in (*run.facts.items(), *run.versions.items())),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return head + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def cells(row: Row) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def describe_run(command: Sequence[str], topology: Topology, seconds: float) -> 
         machine=machine_name(),
         commit=commit(),
         versions={"horizon": horizon.__version__, "python": platform.python_version(), **_versions()},
-        command=" ".join(command),
+        command=shlex.join(command),
         date=time.strftime("%Y-%m-%d %H:%M"),
         seconds=seconds,
         facts=facts(topology),
