@@ -59,9 +59,7 @@ class Updates(GradientSink, Protocol):
 class KeptUpdates:
     """Gradients wait on the host until `settle`; `expect` has those brought back that wait on disk."""
 
-    def __init__(
-        self, updater: Updater | TieredUpdater, max_norm: float | None, expect: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, updater: Updater | TieredUpdater, max_norm: float | None, expect: Callable[[], None]) -> None:
         self._updater, self._max_norm, self._expect = updater, max_norm, expect
         self._last: Event | None = None
         self._step, self._lr = 0, 0.0

@@ -1,8 +1,9 @@
 """Space for offloaded boundary activations: on the host, or in a file on nvme.
 
-On the host it is taken first from gradient buffers that are idle meanwhile.
-Which buffers may be borrowed, and when, stands at `horizon.plan.activations.borrow`. Only what does not fit there costs
-memory of its own, which grows when needed and is kept. It is cut where a registration ends, and so is what lies there.
+On the host it is taken first from gradient buffers that are idle meanwhile. Which buffers may be borrowed, and when,
+stands at `horizon.plan.activations.borrow`. Only what does not fit there costs memory of its own, which grows when
+needed and is kept. It is cut where a registration ends, and so is what lies there. On nvme all pass through a few
+buffers, which borrow nothing.
 """
 
 from __future__ import annotations

@@ -122,7 +122,6 @@ class Spill:
                 if place not in self._held:
                     self._held[place] = _Held(self._spare(), _Phase.FILLING)
             self._wait(lambda: place in self._held and self._held[place].phase is not _Phase.READING)
-            self._keep(place)
             buffer = self._held[place].buffer
         if buffer.used is not None:
             buffer.used.synchronize()

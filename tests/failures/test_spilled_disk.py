@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from horizon import TierRule
 from horizon.config.schema import SimulatedCxl, Tier
 from horizon.errors import BudgetError, ConfigError, TierError
-from horizon.store import offload
+from horizon.store import disk, gradients, nvme, offload
 
 GRADS, ACTIVATIONS = (TierRule(state=state, tier=Tier.nvme) for state in ("grads", "activations"))
 NOTHING_STAYS = 3 * 4 * 32 * 32  # device bytes of the hidden states at work: 32 tokens of 32 fp32 numbers
@@ -118,6 +119,19 @@ def test_a_broken_disk_stops_the_run_with_its_error(
     with fails(TierError, message) as later:
         engine.step(tools.make_batch(9))
     assert str(later.value) == str(first.value)
+
+
+def test_an_engine_is_closed_while_gradients_come_back(build_spilling, tools, monkeypatch):
+    class SlowFile(disk.DirectFile):
+        def read(self, place, offset, into):
+            time.sleep(0.05)
+            super().read(place, offset, into)
+
+    monkeypatch.setattr(nvme, "DirectFile", SlowFile)
+    monkeypatch.setattr(gradients, "RING_BUFFERS", 1)
+    engine = build_spilling([GRADS], update_threads=3)
+    engine.step(tools.make_batch(0))
+    engine.close()
 
 
 def test_files_that_are_deleted_are_not_taken_for_zeros(build_spilling, fails, tools, tmp_path):

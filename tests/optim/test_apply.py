@@ -142,13 +142,13 @@ def test_landings_that_come_before_a_step_is_dropped_are_not_begun(make):
 
 def test_kept_updates_apply_the_norms_scale_when_it_is_known():
     updater = FakeUpdater()
-    updates = KeptUpdates(updater, 1.0)
+    updates = KeptUpdates(updater, 1.0, expect=lambda: updater.calls.append("expect"))
     updates.begin(4, 1e-2, QUIET)
     send(updates, [(2, 3.0), (1, 3.0)])
     assert updater.calls == [] and updates.drop() == 0
     scale, corrected = updates.settle(LOUD)
     assert (scale, corrected) == (pytest.approx(0.5), 0)
-    assert updater.calls == [("submit", 4, 1e-2, scale)]
+    assert updater.calls == ["expect", ("submit", 4, 1e-2, scale)]  # gradients on disk are asked for first
     assert updates.drop() == 3  # they are under way
 
 
