@@ -34,8 +34,8 @@ def guard(streams: Streams, executor: Resettable, limits: Limits, work: Callable
     except torch.cuda.OutOfMemoryError as error:
         executor.reset()
         raise BudgetError(
-            f"the device ran out of memory ({str(error).splitlines()[0]}); use fewer rows at once "
-            f"(train.micro_batch), or raise memory.device_budget ({format_bytes(limits.device)})"
+            f"the device ran out of memory ({str(error).splitlines()[0]}); use a smaller train.micro_batch, or fewer "
+            f"prompts at once, or raise memory.device_budget ({format_bytes(limits.device)})"
         ) from error
     except BaseException:
         executor.reset()
