@@ -82,6 +82,10 @@ def child(work):
     return pid
 
 
+def is_alive(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def check(status, what):
     if not (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0):
         sys.exit(f"{what}: status {status}")
@@ -107,6 +111,8 @@ def main(folder, num_kills):
         if killed % 5:  # or at any instant before
             os.read(reading, 1)
         os.close(reading)
+        while killed % 5 in (1, 2) and [s for s, _ in list_checkpoints(checkpoints)] == before and is_alive(pid):
+            time.sleep(0.001)  # or with another checkpoint there, however slow the machine is
         time.sleep(dice.uniform(0.0, 0.5))
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]

@@ -56,9 +56,13 @@ def main(folder, num_kills, settings):
             time.sleep(0.001)
         time.sleep(dice.uniform(0.0, 0.05 if killed % 4 else 2.0))
         os.kill(pid, signal.SIGKILL)
-        if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
-            sys.exit(f"the run ended before kill {killed}")
-        killed += 1
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif status == 0:  # it ended before: begin again, from nothing
+            out.rename(folder / f"ended-{time.monotonic_ns()}")
+        else:
+            sys.exit(f"the run failed before kill {killed}")
     if os.waitpid(child(out, [*settings, "resume=auto"]), 0)[1]:
         sys.exit("the last one failed")
     print(f"{killed} kills, {before} lines before the last")
