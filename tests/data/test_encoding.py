@@ -6,7 +6,7 @@ from tokenizers import normalizers, processors
 
 from horizon.data.documents import Document
 from horizon.data.encoding import encode
-from horizon.data.tokenizer import byte_tokenizer
+from horizon.data.tokenizer import byte_tokenizer, train_tokenizer
 
 
 def documents(*texts):
@@ -58,12 +58,13 @@ def test_tokens_that_begin_in_a_span_are_trained():
     assert len(tokens.ids) == len(text)
 
 
-def test_long_texts_are_cut_where_no_token_changes(small_tokenizer, monkeypatch):
+def test_long_texts_are_cut_where_no_token_changes(monkeypatch):
     text = "def add(left): 12345 don't\n\n    return left\n\n\nleft\n" * 9 + "return " * 40
-    whole = encode(small_tokenizer, documents(text))
+    tokenizer = train_tokenizer([text * 20], vocab_size=300, seed=0)  # with tokens of several line ends
+    whole = encode(tokenizer, documents(text))
     for size in range(40, 70):
         monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", size)
-        assert encode(small_tokenizer, documents(text)).ids.tolist() == whole.ids.tolist()
+        assert encode(tokenizer, documents(text)).ids.tolist() == whole.ids.tolist()
 
 
 def test_a_tokenizer_that_reads_cut_text_otherwise_is_given_long_pieces(monkeypatch):
