@@ -64,13 +64,13 @@ def test_help_lists_the_commands_and_version_is_the_packages(horizon):
 def test_an_unknown_command_is_one_line(horizon):
     done = horizon("trian")
     assert done.returncode == 1
-    commands = "train, generate, eval, plan, doctor, check, replay, export, import, checkpoint, bench, report"
+    commands = "train, data, generate, eval, plan, doctor, check, replay, export, import, checkpoint, bench, report"
     assert done.stderr == f"horizon: ConfigError: 'trian' is no command; expected {commands} (horizon --help)\n"
 
 
 def test_train_help_shows_groups_settings_and_flags(horizon):
     shown = horizon("train", "--help").stdout
-    assert "data: messages, python_stdlib, text" in shown
+    assert "data: auto, instruction, messages, mixture, python_stdlib, sharegpt, text, text_field, tokens" in shown
     assert "batch_size: 4" in shown
     assert "--config-dir" in shown
     assert 'eval "$(horizon train -sc install=bash)"' in shown
@@ -200,6 +200,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
             "horizon ",
             [
                 "train",
+                "data",
                 "generate",
                 "eval",
                 "plan",
@@ -216,7 +217,7 @@ def test_a_users_option_with_a_wrong_key_is_named(horizon, tmp_path):
         ("horizon tr", ["train"]),
         ("horizon train opt", ["optim.", "optim="]),
         ("horizon train optim.lr", ["optim.lr="]),
-        ("horizon train data=", ["data=messages", "data=python_stdlib", "data=text"]),
+        ("horizon train data=t", ["data=text", "data=text_field", "data=tokens"]),
         ("horizon train data=text train.step", ["train.steps="]),
         ("horizon check model=opt-1", ["model=opt-1.3b", "model=opt-13b"]),
     ],

@@ -60,11 +60,14 @@ def content_hash(files: Iterable[Path]) -> str:
     """Of what the files hold, in this order."""
     digest = hashlib.blake2b(digest_size=20)
     for path in files:
-        with path.open("rb") as file:
-            size = 0
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
+        size = 0
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    size += len(block)
+        except OSError:  # who reads it says so
+            size = -1
         digest.update(f"\0{size}\0".encode())
     return digest.hexdigest()
 

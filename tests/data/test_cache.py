@@ -101,6 +101,7 @@ def test_content_is_what_the_files_hold_and_where_each_ends(tmp_path):
     contents = [(b"ab", b"c"), (b"a", b"bc"), (b"abc",), (b"c", b"ab"), (b"ab", b"c", b"")]
     assert len({hashed(*each) for each in contents}) == len(contents)
     assert hashed(b"ab", b"c") == hashed(b"ab", b"c")
+    assert len({content_hash(files) for files in ([tmp_path], [tmp_path / "0"], [])}) == 3  # a folder cannot be read
 
 
 @pytest.fixture

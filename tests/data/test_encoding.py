@@ -6,7 +6,7 @@ from tokenizers import normalizers, processors
 
 from horizon.data.documents import Document
 from horizon.data.encoding import encode
-from horizon.data.tokenizer import byte_tokenizer
+from horizon.data.tokenizer import byte_tokenizer, train_tokenizer
 
 
 def documents(*texts):
@@ -58,11 +58,13 @@ def test_tokens_that_begin_in_a_span_are_trained():
     assert len(tokens.ids) == len(text)
 
 
-def test_long_texts_are_cut_where_no_token_changes(small_tokenizer, monkeypatch):
+def test_long_texts_are_cut_where_no_token_changes(monkeypatch):
     text = "def add(left): 12345 don't\n\n    return left\n\n\nleft\n" * 9 + "return " * 40
-    whole = encode(small_tokenizer, documents(text))
-    monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", 64)
-    assert encode(small_tokenizer, documents(text)).ids.tolist() == whole.ids.tolist()
+    tokenizer = train_tokenizer([text * 20], vocab_size=300, seed=0)  # with tokens of several line ends
+    whole = encode(tokenizer, documents(text))
+    for size in range(40, 70):
+        monkeypatch.setattr("horizon.data.encoding._PIECE_CHARS", size)
+        assert encode(tokenizer, documents(text)).ids.tolist() == whole.ids.tolist()
 
 
 def test_a_tokenizer_that_reads_cut_text_otherwise_is_given_long_pieces(monkeypatch):
@@ -88,3 +90,11 @@ def test_trained_tokens_are_those_whose_first_character_is_in_a_span(small_token
     offsets = small_tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
     expected = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
     assert encode(small_tokenizer, [Document("f", text, spans)]).trained.tolist() == expected
+
+
+def test_a_token_that_begins_before_a_span_is_not_of_it(small_tokenizer):
+    offsets = small_tokenizer("left left", return_offsets_mapping=True)["offset_mapping"]
+    first = offsets[0][1] - 1
+    assert first > offsets[0][0]  # in the middle of the first token
+    tokens = encode(small_tokenizer, [Document("f", "left left", ((first, 9),))])
+    assert tokens.trained.tolist() == [False] + [True] * (len(offsets) - 1)

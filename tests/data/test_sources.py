@@ -139,7 +139,7 @@ def test_max_bytes_chooses_records_by_seed_and_keeps_their_order(tmp_path):
     path = lines(tmp_path / "f.jsonl", [{"text": f"text {n}"} for n in range(9)])
     data = load(path=path, format=DataFormat.text_field, max_bytes=18)
     found = data.tokenizer.decode(data.train.ids(0)).split("<|endoftext|>")[:-1]
-    assert len(found) == 3 and found == sorted(found)
+    assert len(found) == 3 and found == sorted(found) and found != ["text 0", "text 1", "text 2"]
     with pytest.raises(DataError, match=r"no record in .* within data.max_bytes=5"):
         load(path=path, format=DataFormat.text_field, max_bytes=5)
 
