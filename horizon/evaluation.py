@@ -106,24 +106,29 @@ class Patience:
     min_delta: float
     best_loss: float = math.inf
     best_step: int = 0
+    reference: float = math.inf  # what the next loss is measured against: small steps downhill add up
     misses: int = 0  # in a row
 
     def see(self, step: int, loss: float) -> None:
         """Take an evaluation into account."""
-        self.misses = 0 if loss < self.best_loss - self.min_delta else self.misses + 1
+        if loss < self.reference - self.min_delta:
+            self.reference, self.misses = loss, 0
+        else:
+            self.misses += 1
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, step
 
     @property
     def state(self) -> dict[str, Any]:
         """For `restore`, as plain JSON."""
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {"best_loss": best, "best_step": self.best_step, "misses": self.misses}
+        best, reference = (x if math.isfinite(x) else None for x in (self.best_loss, self.reference))
+        return {"best_loss": best, "best_step": self.best_step, "reference": reference, "misses": self.misses}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        best = state["best_loss"]
+        best, reference = state["best_loss"], state["reference"]
         self.best_loss = math.inf if best is None else best
+        self.reference = math.inf if reference is None else reference
         self.best_step, self.misses = state["best_step"], state["misses"]
 
     @property
@@ -133,7 +138,7 @@ class Patience:
             return None
         by = f" by more than eval.min_delta={self.min_delta:g}" if self.min_delta else ""
         return (
-            f"none of the last {self.misses} evaluations was better than the best before it{by} "
+            f"none of the last {self.misses} evaluations was better than the best before them{by} "
             f"(eval.patience={self.limit}); the best loss was {self.best_loss:.4f} at step {self.best_step}"
         )
 

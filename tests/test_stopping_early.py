@@ -1,5 +1,6 @@
 """Early stopping with the real engine: a run that was killed and resumed ends where the whole one did."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ import pytest
 from horizon.checkpoint.folder import list_checkpoints
 from horizon.checkpoint.manifest import read_manifest
 from horizon.config.compose import compose
-from horizon.data import load_data
+from horizon.data import load_run_data
 from horizon.errors import ConfigError
 from horizon.run_checkpoints import RunCheckpoints
 from horizon.trainer import Trainer
@@ -42,8 +43,8 @@ def saves_end_at_once():
     """Steps here take less time than a disk needs to flush a file: have each save end before the next step."""
     begin = RunCheckpoints._begin
 
-    def begin_and_wait(checkpoints, step, note):
-        begin(checkpoints, step, note)
+    def begin_and_wait(checkpoints, step):
+        begin(checkpoints, step)
         checkpoints._save.wait()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -146,13 +147,14 @@ def test_a_checkpoints_own_evaluation_is_written_but_not_counted(settings, whole
 
 
 def test_rows_of_several_sources_are_told_apart(settings, tmp_path, monkeypatch):
-    def load(*args, **keywords):
-        data = load_data(*args, **keywords)
-        names = np.array(["even", "odd"])[np.arange(len(data.validation)) % 2]
-        object.__setattr__(data.validation, "sources", names)
-        return data
+    def load(*args):
+        data = load_run_data(*args)
+        rows, (source,) = data.validation, data.validation.sources
+        named = tuple(dataclasses.replace(source, name=name) for name in ("even", "odd"))
+        rows = dataclasses.replace(rows, sources=named, source=np.arange(len(rows)) % 2)
+        return dataclasses.replace(data, validation=rows)
 
-    monkeypatch.setattr("horizon.trainer.load_data", load)
+    monkeypatch.setattr("horizon.trainer.load_run_data", load)
     Trainer(settings("train.steps=2", "eval.patience=null", "eval.min_delta=0"), tmp_path).run()
     for row in evaluations(tmp_path):
         parts = row["sources"]

@@ -82,7 +82,13 @@ def test_a_text_ends_at_a_stop_string(places, capsys):
 
 def test_loss_perplexity_and_accuracy_of_a_folder_of_texts(places, capsys):
     root, model = places
-    data = ["data=text", f"data.path={root / 'texts'}", "data.packing=false", "train.seq_len=128"]
+    data = [
+        "data=text",
+        f"data.path={root / 'texts'}",
+        "data.packing=false",
+        "data.too_long=truncate",
+        "train.seq_len=128",
+    ]
     assert evaluation.run([f"model.path={root / 'folder'}", *data, "pass_tokens=256", "--json", *HERE]) == 0
     found = json.loads(capsys.readouterr().out)["data"]
     losses, right = [], []
@@ -101,7 +107,13 @@ def test_loss_perplexity_and_accuracy_of_a_folder_of_texts(places, capsys):
 
 def test_only_what_is_held_out_is_scored_where_that_is_asked_for(places, capsys):
     root, _ = places
-    data = ["data=text", f"data.path={root / 'texts'}", "data.packing=false", "train.seq_len=128"]
+    data = [
+        "data=text",
+        f"data.path={root / 'texts'}",
+        "data.packing=false",
+        "data.too_long=truncate",
+        "train.seq_len=128",
+    ]
     evaluation.run([f"model.path={root / 'run'}", *data, "data.validation_fraction=0.25", "--json", *HERE])
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == 1
     with pytest.raises(DataError, match="nothing is held out: validation: none"):

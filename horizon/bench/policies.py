@@ -20,7 +20,7 @@ from horizon.report.measurements import Row, Skipped
 from horizon.units import MIB
 
 STATES_KEPT = 10  # bytes a parameter that cxl_aware may have in DRAM: moments and residual; the rest spills
-MARGIN = 24 * MIB  # by which the process itself grows while an engine is built
+MARGIN = 48 * MIB  # by which the process itself grows while an engine is built
 UNPREDICTED = 1  # steps that take pages and compile
 
 

@@ -112,7 +112,9 @@ def test_the_plan_has_the_staging_that_a_refusal_takes(cuda, monkeypatch, dtype,
     settings = {"memory": memory, "compute_dtype": dtype, "device": "cpu"}
     with engine_for(build("llama", hidden_size=256, vocab_size=512), **settings) as engine:
         store, planned = engine._runtime.store, {line.purpose: line.num_bytes for line in engine.plan.lines}
-        arenas = [a for state in (*store._states.values(), engine._runtime.buffers._buffers) for a in state._arenas]
+        buffers = engine._runtime.buffers
+        arenas = [a for state in store._states.values() for a in state._arenas]
+        arenas += [buffers._spill._arena] if policy == "nvme_all" else buffers._buffers._arenas
         arenas += [part._arena for part in (store.loads, store.pages) if part is not None]
         measured = sum(region.numel() for a in arenas for region in a.regions)
         assert measured == engine.plan.num_bytes("host") - planned["framework"]

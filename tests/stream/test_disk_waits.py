@@ -6,6 +6,7 @@ import time
 import pytest
 
 from horizon import MemoryConfig
+from horizon.config.schema import Tier, TierRule
 from horizon.report.trace import lanes
 from horizon.store import disk, nvme
 from horizon.stream.timeline import COMPUTE, Cause, Span, _blame_disk
@@ -62,10 +63,11 @@ class SlowFile(disk.DirectFile):
         super().read(place, offset, into)
 
 
-@pytest.mark.parametrize("policy", ["nvme_optimizer", "nvme_all"])
-def test_a_slow_disk_shows_in_the_trace_and_in_the_split(policy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("states", [["residual", "exp_avg*"], ["weights", "residual", "exp_avg*"]])
+def test_a_slow_disk_shows_in_the_trace_and_in_the_split(states, tmp_path, monkeypatch):
     monkeypatch.setattr(nvme, "DirectFile", SlowFile)
-    memory = MemoryConfig(policy=policy, nvme_dir=str(tmp_path))
+    rules = [TierRule(state=state, tier=Tier.nvme) for state in states]
+    memory = MemoryConfig(rules=rules, nvme_dir=str(tmp_path))
     with engine_for(build("llama"), memory=memory) as engine:
         engine.plan_micro_batch(2, 16)
         assert engine.plan.prediction.bound == "disk" and "bound by disk" in engine.plan.table()

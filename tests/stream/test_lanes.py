@@ -48,7 +48,8 @@ def predicted(model, durations, weight_slots, parts, offloaded, recompute, in_hb
             hbm_as_landed=True,
         )
     )
-    lanes._version = [durations.published.get(lay.index, 0) for lay in layouts]
+    for lay in layouts:
+        lanes._updates.settle(lay.index, durations.published.get(lay.index, 0))
     lanes.run()
     return {cause: seconds for cause, seconds in lanes.spent.items() if seconds}
 

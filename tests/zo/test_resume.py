@@ -32,7 +32,7 @@ def words(tmp_path_factory):
     return [
         "optim=mezo", "model=hf", f"model.path={folder / 'base'}", "model.self_check=false", "data=text",
         f"data.path={folder / 'texts'}", "data.tokenizer=bytes", f"train.steps={STEPS}", "train.batch_size=7",
-        "train.micro_batch=3", "train.seq_len=32", "train.eval_rows=3", "train.sample_tokens=2", "optim.lr=1e-3",
+        "train.micro_batch=3", "train.seq_len=32", "eval.rows=3", "train.sample_tokens=2", "optim.lr=1e-3",
         "optim.schedule=linear", "optim.warmup_steps=2", "optim.weight_decay=0.1", "device=cpu", "zo.master=bf16",
         "zo.queries=2", "zo.writeback_every=3", "zo.momentum=0.5", "zo.momentum_steps=3", "seed=3",
     ]  # fmt: skip
@@ -232,7 +232,7 @@ def test_a_run_that_is_killed_at_random_instants_goes_on_each_time(words, tmp_pa
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), "8", *words]
-    more = ["train.steps=60", "train.batch_size=2", "train.micro_batch=2", "train.eval_rows=0", "train.sample_tokens=0"]
+    more = ["train.steps=60", "train.batch_size=2", "train.micro_batch=2", "eval.rows=0", "train.sample_tokens=0"]
     done = subprocess.run([*command, *more], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("8 kills")
