@@ -152,12 +152,23 @@ def test_patience_counts_what_is_not_better_than_the_best_by_min_delta():
     assert (patience.best_loss, patience.best_step) == (3.0, 5)
 
 
+def test_small_steps_downhill_add_up():
+    patience, misses = Patience(limit=9, min_delta=0.5), []
+    for step, loss in enumerate([5.0, 4.7, 4.4, 4.1, 3.8]):
+        patience.see(step, loss)
+        misses.append(patience.misses)
+    assert misses == [0, 1, 0, 1, 0]
+    again = Patience(limit=9, min_delta=0.5)
+    again.restore(json.loads(json.dumps(patience.state)))
+    assert again == patience
+
+
 def test_patience_says_why_and_what_was_best():
     patience = Patience(limit=2, min_delta=0.1)
     for step, loss in [(0, 3.0), (10, 2.0), (20, 1.95), (30, 1.9)]:
         patience.see(step, loss)
     assert patience.verdict == (
-        "none of the last 2 evaluations was better than the best before it by more than eval.min_delta=0.1 "
+        "none of the last 2 evaluations was better than the best before them by more than eval.min_delta=0.1 "
         "(eval.patience=2); the best loss was 1.9000 at step 30"
     )
 

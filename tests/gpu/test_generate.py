@@ -85,4 +85,4 @@ def test_a_closed_engine_leaves_nothing_on_the_device():
         engine.generate(ids, mask, max_new_tokens=4)
         engine.close()
         left.append(torch.cuda.memory_allocated(DEVICE))
-    assert left[1] == left[2]
+    assert left[2] <= left[1]  # what libraries keep may shrink

@@ -1,6 +1,7 @@
 """Blocks whose states live in device memory: updated there bit for bit as on the host, within what was planned."""
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import horizon
 from horizon.config.schema import Moments
+from horizon.errors import NonFiniteError
 from horizon.layout import ParamSpec, place_block
 from horizon.optim.adamw import AdamW, step_scalars
 from horizon.optim.device import StateTensors, load_device_update
@@ -146,8 +148,9 @@ def test_a_slow_update_is_waited_for(monkeypatch, max_grad_norm):
             wait_event(self, event)
 
     monkeypatch.setattr(torch.cuda.Stream, "wait_event", forgetful)
-    broken = train(model, placed(2), **settings)
-    assert broken[0] != expected[0] or differing(broken[1], expected[1])
+    with suppress(NonFiniteError):  # half of an old value and half of a new one may be anything
+        broken = train(model, placed(2), **settings)
+        assert broken[0] != expected[0] or differing(broken[1], expected[1])
 
 
 @pytest.mark.parametrize("num_blocks", [1, 5])
