@@ -114,7 +114,10 @@ class MemoryPlan:
         if self.prediction:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
-            rows.append("  step time not predicted: nothing is known of the disk's speed")
+            rows.append(
+                "  step time not predicted: the disk's speed is not known, or gradients or activations are on it, whose "
+                "ways the prediction does not know"
+            )
         return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:

@@ -77,7 +77,7 @@ def test_states_on_nvme_are_counted_and_the_step_is_timed_where_the_disk_is_know
     assert said["settings"]["memory.rules"] == [{"state": "exp_avg*", "blocks": "1-2", "tier": "nvme"}]
     moments = 8 * sum(layout.num_trainable for layout in found.model.layouts[1:3])
     assert moments <= said["plan"]["nvme_bytes"] < moments + (1 << 14)
-    assert "not predicted: nothing is known of the disk's speed" in as_text(outlook, "small", found.target)
+    assert "not predicted: the disk's speed is not known" in as_text(outlook, "small", found.target)
     tight = settings(train__batch_size=4, memory__rules=rules, memory__nvme_dir="there", memory__host_budget="1MiB",
                      memory__nvme_budget="1KiB")  # fmt: skip
     assert look(found, tight).alternatives  # found, with a disk that is too small as well
