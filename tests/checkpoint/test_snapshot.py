@@ -132,6 +132,7 @@ def test_an_update_waits_while_the_staging_is_full_and_goes_on_when_the_disk_doe
         time.sleep(0.005)
     assert taken.stall_s > 0.1 and 0 < taken.room_s <= taken.stall_s
     disk.is_open = True
+    disk.flush()  # what the update wrote last may fill the staging, and nothing else would give that back
     taken.copy_all()
 
 

@@ -75,7 +75,7 @@ def test_without_a_learning_rate_no_bit_moves(master, tied):
     model = build("llama", tie_word_embeddings=tied)
     with engine_for(model, settings(lr=0.0, eps=1e-2, master=master)) as engine:
         before = masters(engine)
-        for step in range(1000):
+        for step in range(1000 if tied and master != "fp32" else 200):
             engine.step(plain(step % 7, rows=1, tokens=3))
             if step % 100 == 0:
                 engine.evaluate(plain(0))
