@@ -115,8 +115,7 @@ class MemoryPlan:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
             rows.append(
-                "  step time not predicted: the disk's speed is not known, or gradients or activations are on it, whose "
-                "ways the prediction does not know"
+                "  step time not predicted: the disk's speed is not known, or gradients or activations are there"
             )
         return "\n".join([head, *rows])
 
