@@ -211,7 +211,8 @@ class Trainer:
 
         def note() -> dict[str, Any]:
             best = evaluation.at(self.step) if self.config.checkpoint.keep_best else None
-            evaluation.sync()  # a checkpoint whose rows are lost would leave a gap
+            if self.config.checkpoint.save_every is not None:  # a checkpoint whose rows are lost would leave a gap
+                evaluation.sync()
             return {
                 "step": self.step,
                 "tokens": self.tokens,

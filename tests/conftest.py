@@ -12,6 +12,17 @@ def cache_home(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_page(request):
+    """Runs draw no page where no test looks at one: it would take longer than many of them."""
+    if "report" in request.module.__name__ or request.module.__name__.endswith(("test_examples", "test_cli")):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("horizon.report.record.write_report_of", lambda folder: folder / "report.html")
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

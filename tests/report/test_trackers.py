@@ -183,6 +183,7 @@ def test_wandb_is_offline_unless_the_user_logged_in(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_cannot_begin_is_named_and_the_others_are_closed(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
     closed = []
     one = SimpleNamespace(close=lambda failed: closed.append(failed))
     monkeypatch.setitem(trackers.OPEN, TrackerName.tensorboard, lambda *args: one)
