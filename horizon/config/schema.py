@@ -224,7 +224,7 @@ class TrainConfig:
     tokens_per_step: int | None = None  # instead of batch_size: as many packed rows as hold so many tokens
     seq_len: int = 256  # tokens per row
     micro_batch: int | None = None  # rows that go through a block at once; null: the most that fits
-    sample_tokens: int = 48  # length of the sample generated before and after; 0: none
+    sample_tokens: int = 48  # length of the sample generated before and after, with its prompt at most seq_len; 0: none
     sample_prompt: str | None = None  # null: the beginning of a validation row
     on_nonfinite: OnNonFinite = OnNonFinite.stop
     save: bool = True  # write the trained model as a Hugging Face folder
