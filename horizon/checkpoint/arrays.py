@@ -24,11 +24,15 @@ from torch import Tensor
 from horizon.checkpoint.format import CHUNK_BYTES, MANIFEST, ArraySpec, Chunk
 from horizon.errors import CheckpointError
 from horizon.models.hf_config import one_line
+from horizon.optim.threads import available_cores
 from horizon.units import MIB
 
-CHUNKS_IN_FLIGHT = 4  # being encoded or written; each may hold a second copy of itself
+# Being encoded or written; each may hold a second copy of itself. A fast disk wants many: on 16 cores 4 of them reached
+# 0.65 of what raw writes reach, 16 of them 0.93.
+CHUNKS_IN_FLIGHT = max(4, min(16, available_cores()))
+READ_AHEAD = 4  # chunks
 LIBRARY_BYTES = 48 * MIB  # of code and small things, measured
-_IO_THREADS, _COPY_THREADS = 4, 2
+_IO_THREADS, _COPY_THREADS = CHUNKS_IN_FLIGHT, CHUNKS_IN_FLIGHT // 2
 
 Array = NDArray[Any]
 
@@ -170,7 +174,7 @@ def read_chunks(folder: Path, spec: ArraySpec) -> Iterator[tuple[Chunk, Tensor]]
         ahead: deque[tuple[Chunk, Any]] = deque()
         for chunk in spec.chunks():
             ahead.append((chunk, store[chunk.index].read()))
-            if len(ahead) == CHUNKS_IN_FLIGHT:
+            if len(ahead) == READ_AHEAD:
                 yield _result(ahead)
         while ahead:
             yield _result(ahead)

@@ -26,9 +26,9 @@ from horizon.checkpoint.arrays import as_array
 from horizon.checkpoint.format import DTYPES, ArraySpec, Chunk, StateArray
 from horizon.checkpoint.staging import Staging
 from horizon.errors import CheckpointError
+from horizon.optim.kernel import join_numba
 from horizon.store.arena import Arena
 from horizon.store.host import HostStore
-from horizon.store.split import HOST_PIECE
 from horizon.stream.streams import Streams
 from horizon.units import MIB
 
@@ -257,12 +257,9 @@ class StateReader:
 
 
 def _combine(sources: list[Tensor], out: Tensor) -> None:
-    """Copy one state, or join two halves as `join_master` does; in numpy, which starts no threads for it."""
+    """Copy one state, or join two halves as `join_master` does; not by torch, which would start threads for it."""
     if len(sources) == 1:
         np.copyto(as_array(out), as_array(sources[0]))
         return
-    bits, high, low = out.view(torch.int32).numpy(), sources[0].view(torch.int16).numpy(), sources[1].numpy()
-    for first in range(0, bits.size, HOST_PIECE):
-        piece = slice(first, first + HOST_PIECE)
-        np.left_shift(high[piece], 16, out=bits[piece], dtype=np.int32)
-        np.add(bits[piece], low[piece], out=bits[piece])
+    high, low = (source.view(torch.int16).numpy() for source in sources)
+    join_numba(high, low, out.view(torch.int32).numpy())

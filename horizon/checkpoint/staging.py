@@ -11,9 +11,10 @@ import threading
 from torch import Tensor
 
 from horizon.store.arena import Arena
-from horizon.units import align_up
+from horizon.units import MIB, align_up
 
 ALIGN = 4096  # the unit of direct I/O
+TOUCHED = 64 * MIB  # at a time
 
 
 class Staging:
@@ -25,6 +26,8 @@ class Staging:
         self._free = [(0, self.num_bytes)]  # (start, bytes), by start, none beside another
         self._changed = threading.Condition()
         self._closed = False
+        self._toucher = threading.Thread(target=self._touch, name="horizon-checkpoint-touch", daemon=True)
+        self._toucher.start()
 
     def acquire(self, num_bytes: int) -> Tensor | None:
         """A region, uint8 [num_bytes] (at least 1), once there is room; None when it was closed.
@@ -56,10 +59,16 @@ class Staging:
     def close(self) -> None:
         """Wake whoever waits and give the memory back; nobody may be using a region."""
         with self._changed:
-            if not self._closed:
-                self._closed = True
-                self._arena.close()
-                self._changed.notify_all()
+            self._closed = True
+            self._changed.notify_all()
+        self._toucher.join()
+        self._arena.close()
+
+    def _touch(self) -> None:
+        """Have the pages there before a save wants them: new ones come at 4 to 7 GiB/s, and it copies at 30 GB/s."""
+        for start in range(0, self.num_bytes, TOUCHED):
+            if self._closed or not self._arena.populate(start, min(start + TOUCHED, self.num_bytes)):
+                return
 
     def _find(self, size: int) -> int | None:
         return next((place for place, (_, room) in enumerate(self._free) if room >= size), None)

@@ -112,6 +112,15 @@ def update_numba(
     adamw_kernel(weights, residual, exp_avg, exp_avg_sq, grads, *scalars)
 
 
+@numba.njit(
+    [types.void(*[types.Array(t, 1, "C") for t in (types.int16, types.int16, types.int32)])], nogil=True, cache=CACHE
+)
+def join_numba(high, low, bits):  # type: ignore[no-untyped-def]
+    """Fill `bits` with masters of which these are the halves: `horizon.store.split.join_master` on one thread."""
+    for i in range(bits.size):
+        bits[i] = (np.int32(high[i]) << np.int32(16)) + np.int32(low[i])
+
+
 # ---- updates made before the norm is known, and taken back: see `horizon.optim.speculation`
 
 _HALVES, _FLOATS = types.Array(types.uint16, 1, "C"), types.Array(types.float32, 1, "C")

@@ -13,6 +13,7 @@ that is unmapped while still registered makes a later, unrelated registration fa
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 HUGE_PAGE = 2 * MIB
 PIECE = 16 * GIB  # of a mapping; larger only where one region is
 REGION_ALIGN = 4096
+MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; Python's mmap does not name it, and holds the GIL in the call
 
 
 class Arena:
@@ -116,6 +118,15 @@ class Arena:
         for pointer in self._registered:
             _cudart().cudaHostUnregister(pointer)
         self._registered.clear()
+
+    def populate(self, start: int, stop: int) -> bool:
+        """Have these bytes' pages there now, with what they hold; False where the kernel (before 5.14) cannot.
+
+        Other threads may use the memory, and run, meanwhile. Only of an arena that is one mapping.
+        """
+        (mapping,) = self._mappings
+        address = ctypes.c_void_p(torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() + start)
+        return int(ctypes.CDLL(None).madvise(address, ctypes.c_size_t(stop - start), MADV_POPULATE_WRITE)) == 0
 
     def release(self, index: int) -> None:
         """Give one region's pages back before the others go; its views must no longer be used."""

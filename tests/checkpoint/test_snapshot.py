@@ -250,3 +250,13 @@ def test_closing_the_staging_wakes_who_waits():
     time.sleep(0.02)
     staging.close()
     assert ended(thread) and found == [None]
+
+
+def test_the_pages_of_staging_come_into_being_behind_training(monkeypatch):
+    touched = []
+    monkeypatch.setattr("horizon.checkpoint.staging.TOUCHED", 4096)
+    monkeypatch.setattr("horizon.store.arena.Arena.populate", lambda _, *span: touched.append(span) or len(touched) < 3)
+    staging = Staging(5 * 4096)
+    staging._toucher.join()
+    assert touched == [(0, 4096), (4096, 8192), (8192, 12288)]  # where the kernel cannot, they come with the first save
+    staging.close()

@@ -57,6 +57,18 @@ def test_no_region_straddles_two_registrations(sizes, piece_pages):
         space.close()
 
 
+def test_pages_come_into_being_ahead_of_use_with_what_they_hold():
+    space = Arena([64 * MIB], "test", pin=False)
+    space.regions[0][5] = 7
+    before = psutil.Process().memory_info().rss
+    if not space.populate(0, 64 * MIB):
+        pytest.skip("this kernel cannot")
+    assert psutil.Process().memory_info().rss - before > 56 * MIB
+    assert space.regions[0][5] == 7
+    assert not space.regions[0][6:].any()
+    space.close()
+
+
 def test_close_gives_the_memory_back_and_may_be_called_again():
     process = psutil.Process()
     space = Arena([64 * MIB], "test", pin=False)
