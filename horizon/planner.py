@@ -2,25 +2,26 @@
 
 Bytes of a step come from what was measured of its blocks (`horizon.stream.measure`), its time from passes that were
 timed (`horizon.stream.timing`). Rows follow from bytes alone, so that the same settings give the same sums in every
-run; what time decides is which blocks live in HBM, which changes no result.
+run; what time decides is which blocks live in HBM and how many layers are at the turn, which changes no result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 
-from horizon.config.schema import Policy
+from horizon.config.schema import Policy, Recompute
 from horizon.errors import BudgetError, ConfigError
 from horizon.models.blocks import BlockModel
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, plan_memory
-from horizon.plan.placement import Placer, unknown_activations
-from horizon.plan.search import Arrangement, best, placements, worth_a_slot
+from horizon.plan.placement import Placer, most_turn_layers, unknown_activations
+from horizon.plan.search import Arrangement, best, placements, turns, worth_a_slot
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.activations import Activations, StepSpace
 from horizon.stream.batch import MicroBatch
@@ -67,8 +68,8 @@ class StepPlanner:
     def __init__(self, parts: Arranged, placer: Placer, activations: Activations, predictor: Predictor):
         self._parts, self._placer, self._activations, self._predictor = parts, placer, activations, predictor
         self._reserve = unknown_activations(parts.plan.limits)  # of the device, for activations
-        self._placed_for: Shapes = []
-        self._slots_for: Shapes = []
+        self._placed_for: Shapes = []  # what blocks in HBM leave room for
+        self._arranged_for: Shapes = []  # what slots and the turn were chosen for
 
     def announce(self, batch_size: int, seq_len: int, rows: int | None) -> int:
         """Plan steps of `batch_size` rows in micro-batches of `rows`, or as many as suit; gives the rows.
@@ -81,15 +82,13 @@ class StepPlanner:
         if limit is not None and seq_len > limit:
             raise ConfigError(f"train.seq_len={seq_len}, but the model has only {limit} positions")
         kept = parts.needs.keeps_gradients
-        self._use_slots(WEIGHT_SLOTS)
+        self._use_least()
         self._predictor.learn(parts.updates_per_s)
-        rows = rows or next(
-            self._leaving_room(
-                kept, lambda plan, idle: self._activations.choose_rows(plan, batch_size, seq_len, idle, parts.version)
-            )
-        )
+        rows = rows or next(self._leaving_room(kept, partial(self._choose_rows, batch_size, seq_len)))
         shapes = [(min(rows, batch_size - i), seq_len) for i in range(0, batch_size, rows)]
-        if self._moves and not self._place_fastest(shapes, kept):
+        if self._moves and self._placer.policy is not Policy.auto:
+            self._place_for(shapes, kept, self._placer.place)
+        if not self._arrange(shapes, kept) and self._moves:
             self._place_for(shapes, kept, self._placer.place)
         self._try_another_slot(shapes, kept)
         planned = self._plan(shapes, kept)
@@ -109,6 +108,8 @@ class StepPlanner:
         """`needs` with as few blocks in HBM, and slots, as it takes for the steps planned last."""
         if self._placer.slots is None:
             needs = replace(needs, weight_slots=WEIGHT_SLOTS)
+        if self._placer.turns:
+            needs = replace(needs, turn_layers=0)
         return self._placer.make_room(needs, self._parts.plan.limits, self._reserve)
 
     def idle_bytes(self, needs: MemoryNeeds, borrow: bool) -> list[int]:
@@ -121,8 +122,8 @@ class StepPlanner:
     def _plan(self, shapes: Shapes, borrow: bool) -> ActivationPlan:
         """Where the activations of micro-batches of these (rows, tokens) go; the engine's plan then includes them."""
         parts = self._parts
-        if shapes != self._slots_for:
-            self._use_slots(WEIGHT_SLOTS)
+        if shapes != self._arranged_for:
+            self._use_least()
         if self._moves and parts.needs.in_hbm and shapes != self._placed_for:
             self._place_for(shapes, borrow, self._placer.make_room)
         fixed, idle = parts.plan.with_activations(()), self.idle_bytes(parts.needs, borrow)
@@ -130,36 +131,55 @@ class StepPlanner:
         parts.plan = fixed.with_activations(planned.lines, self._predictor.known(parts.needs, shapes))
         return planned
 
-    # ---- which blocks live in HBM
+    def _choose_rows(self, batch_size: int, seq_len: int, needs: MemoryNeeds, plan: MemoryPlan, idle: list[int]) -> int:
+        """Rows of a micro-batch: small ones where gradients are used as they land, for then a turn may pay.
+
+        Half of the layers at most are counted on, for the update of those follows the last micro-batch.
+        """
+        plans, turn = [plan], self._turns[: 1 + len(self._turns) // 2] if self._parts.as_landed else []
+        for num in turn[1:]:
+            with suppress(BudgetError):
+                plans.append(plan_memory(replace(needs, turn_layers=num), plan.limits))
+        return self._activations.choose_rows(plans, batch_size, seq_len, idle, self._parts.version)
+
+    # ---- which blocks live in HBM, and which are at the turn
 
     @property
     def _moves(self) -> bool:
         """Whether the placement follows what activations need."""
         return self._placer.moves and self._parts.moves_blocks
 
-    def _place_fastest(self, shapes: Shapes, borrow: bool) -> bool:
-        """Move blocks so that such a step is fastest; False where the policy is another, or no step could be timed."""
+    @property
+    def _turns(self) -> list[int]:
+        """How many layers may be at the turn."""
+        needs, layouts = self._parts.needs, self._parts.model.layouts
+        pays = self._predictor.overlaps and Recompute.none in self._activations.kinds and not needs.on_nvme
+        return turns(most_turn_layers(layouts)) if self._placer.turns and pays else [needs.turn_layers]
+
+    def _arrange(self, shapes: Shapes, borrow: bool) -> bool:
+        """Have blocks in HBM, with policy `auto`, and at the turn so that such a step is fastest.
+
+        Returns:
+            whether steps could be timed, and some arrangement fits.
+        """
         parts, kinds = self._parts, self._activations.kinds
-        if self._placer.policy is not Policy.auto:
-            return False
-        if not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
-            return False
-        chosen = best(self._arrangements(shapes, borrow))
+        placed = [parts.needs.in_hbm]
+        if self._moves and self._placer.policy is Policy.auto:
+            placed = placements(parts.model.layouts)
+        turn = self._turns if len(shapes) > 1 else self._turns[:1]
+        options = [replace(parts.needs, in_hbm=in_hbm, turn_layers=num) for in_hbm in placed for num in turn]
+        if len(options) == 1 or not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
+            return len(options) == 1
+        found = (self._arrangement(needs, shapes, borrow) for needs in options)
+        chosen = best(option for option in found if option is not None)
         if chosen is None:
             return False
         lines = chosen.activations.lines
         self._reserve = sum(line.num_bytes for line in lines if line.tier == "device")
         if chosen.needs != parts.needs:
             parts.rearrange(chosen.needs)
-        self._placed_for = shapes
+        self._placed_for = self._arranged_for = shapes
         return True
-
-    def _arrangements(self, shapes: Shapes, borrow: bool) -> Iterator[Arrangement]:
-        """All placements that fit."""
-        for in_hbm in placements(self._parts.model.layouts):
-            found = self._arrangement(replace(self._parts.needs, in_hbm=in_hbm), shapes, borrow)
-            if found is not None:
-                yield found
 
     def _arrangement(self, needs: MemoryNeeds, shapes: Shapes, borrow: bool) -> Arrangement | None:
         """Such a step, whose passes were timed, with these needs; None where it does not fit."""
@@ -175,11 +195,14 @@ class StepPlanner:
 
     # ---- how many slots weights have
 
-    def _use_slots(self, num: int) -> None:
-        """Have so many slots, where nobody asked for a number."""
+    def _use_least(self) -> None:
+        """Have few slots and no turn, where nobody asked for a number."""
         parts = self._parts
-        if self._placer.slots is None and parts.needs.weight_slots != num:
-            parts.rearrange(replace(parts.needs, weight_slots=num))
+        slots = WEIGHT_SLOTS if self._placer.slots is None else self._placer.slots
+        turn_layers = 0 if self._placer.turns else parts.needs.turn_layers
+        needs = replace(parts.needs, weight_slots=slots, turn_layers=turn_layers)
+        if needs != parts.needs:
+            parts.rearrange(needs)
 
     def _try_another_slot(self, shapes: Shapes, borrow: bool) -> None:
         """One slot more where such a step is faster by it, with what is then left for activations.
@@ -196,7 +219,7 @@ class StepPlanner:
         if now is None or then is None or not worth_a_slot(now, then):
             return
         parts.rearrange(more)
-        self._slots_for = shapes
+        self._arranged_for = shapes
 
     def _place_for(
         self, shapes: Shapes, borrow: bool, place: Callable[[MemoryNeeds, Limits, int], MemoryNeeds]
@@ -204,7 +227,7 @@ class StepPlanner:
         """Move blocks, as `place` says, so that the activations of such a step find room."""
         parts, keeps = self._parts, self._placer.policy is Policy.auto
         sizes = self._leaving_room(
-            borrow, lambda plan, idle: self._activations.num_bytes(plan, shapes, idle, parts.version, keeps)
+            borrow, lambda _, plan, idle: self._activations.num_bytes(plan, shapes, idle, parts.version, keeps)
         )
         _, self._reserve = min(sizes, key=lambda size: size[0])  # what is in HBM must not push more to the host
         needs = place(parts.needs, parts.plan.limits, self._reserve)
@@ -212,8 +235,8 @@ class StepPlanner:
             parts.rearrange(needs)
         self._placed_for = shapes
 
-    def _leaving_room(self, borrow: bool, work: Callable[[MemoryPlan, list[int]], T]) -> Iterator[T]:
-        """`work(plan, idle bytes)` with as many blocks in HBM as may come before activations, where that has room.
+    def _leaving_room(self, borrow: bool, work: Callable[[MemoryNeeds, MemoryPlan, list[int]], T]) -> Iterator[T]:
+        """`work(needs, plan, idle bytes)` with as many blocks in HBM as may come before activations, where those fit.
 
         Then with the fewest.
 
@@ -224,7 +247,7 @@ class StepPlanner:
         for needs in self._placer.bases(parts.needs, parts.plan.limits):
             try:
                 plan, idle = plan_memory(needs, parts.plan.limits), self.idle_bytes(needs, borrow)
-                yield parts.guarded(partial(work, plan, idle))
+                yield parts.guarded(partial(work, needs, plan, idle))
                 found = True
             except BudgetError as error:
                 refused = error

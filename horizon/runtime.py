@@ -46,7 +46,7 @@ from horizon.plan.machine import (
     resolve_dtype,
 )
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryNeeds, MemoryPlan, check_fits, plan_memory
-from horizon.plan.placement import Placer, read_policy, unknown_activations
+from horizon.plan.placement import Placer, read_policy, turn_layers, unknown_activations
 from horizon.plan.refusals import check_memory, check_speculation
 from horizon.plan.traffic import least_traffic
 from horizon.planner import StepPlanner
@@ -98,14 +98,23 @@ class Runtime:
             self.buffers: GradientBuffers = make_buffers(needs, self._pin, device, self.store.ledger, self._nvme)
             release.callback(lambda: self.buffers.close())  # those of then: they may be exchanged
             head_chunk = chunk_tokens(model.vocab_size, chunk_bytes(HEAD_CHUNK_BYTES, plan.limits.device))
-            settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk)
+            settings = ExecutorSettings(needs.compute_dtype, needs.weight_slots, head_chunk, needs.turn)
             self.executor = Executor(model, self.store, self.streams, settings)
             release.callback(delattr, self, "executor")
             release.callback(self.executor.free_slots)  # at once, whatever else still refers to the executor
             token_bytes = model.hidden_size * needs.compute_dtype.itemsize
             working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
             on_disk = OffloadFile(self._nvme, self.store.ledger, self._pin, nodes)
-            activations = Activations(working_set, self.streams, not self._pin, recompute, token_bytes, nodes, on_disk)
+            activations = Activations(
+                working_set,
+                self.streams,
+                not self._pin,
+                recompute,
+                token_bytes,
+                bool(needs.turn_layers),
+                nodes,
+                on_disk,
+            )
             release.callback(activations.close)
             self.planner = StepPlanner(
                 self, placer, activations, Predictor(timed_on(self.executor), rates, token_bytes)
@@ -160,7 +169,7 @@ class Runtime:
         """Fill the store: from a folder, from a live model, or (None) with random values."""
         self.executor.free_slots()  # in their place, values are drawn and split on the device
         load_weights(weights, self.model.skeleton, self.store.write_master, self.device, seed)
-        self.executor.make_slots(self.buffers, self.needs.weight_slots)
+        self.executor.make_slots(self.buffers, self.needs.weight_slots, self.needs.turn)
 
     # ---- a step
 
@@ -242,7 +251,7 @@ class Runtime:
             else:
                 self.buffers.close()
                 self.buffers = make_buffers(needs, self._pin, self.device, self.store.ledger, self._nvme)
-            self.executor.make_slots(self.buffers, needs.weight_slots)
+            self.executor.make_slots(self.buffers, needs.weight_slots, needs.turn)
             self._start_updater(needs)
             self._steps.use_updater(self._updater, needs.keeps_gradients)
         except BaseException as error:
@@ -376,7 +385,7 @@ def build_runtime(
     moments, master = Moments(optimizer.moments), MasterFormat(optimizer.master)
     needs = MemoryNeeds(
         model.layouts, dtype, dtype, keeps_gradients, memory.weight_slots or WEIGHT_SLOTS, host_overhead(target),
-        overhead, moments=moments, master=master, cxl=cxl,
+        overhead, moments=moments, master=master, cxl=cxl, turn_layers=turn_layers(memory, model.layouts),
     )  # fmt: skip
     placer = read_policy(memory, target, can_update(target), model.num_blocks, moments, master)
     needs = placer.place(needs, limits, unknown_activations(limits))

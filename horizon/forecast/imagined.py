@@ -26,7 +26,7 @@ from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.estimate import Estimator
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
-from horizon.plan.placement import read_policy, unknown_activations
+from horizon.plan.placement import read_policy, turn_layers, unknown_activations
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.refusals import check_memory, check_speculation
 from horizon.planner import StepPlanner
@@ -134,6 +134,7 @@ class Forecaster:
             moments=Moments(optim.moments),
             master=MasterFormat(optim.master),
             cxl=self.target.cxl(config.memory),
+            turn_layers=turn_layers(config.memory, self.model.layouts),
         )
 
     def forecast(self, config: HorizonConfig, limits: Limits | None = None) -> Forecast:
@@ -176,7 +177,12 @@ class Forecaster:
             )
         estimator, token_bytes = self._estimators[key], self.model.hidden_size * needs.compute_dtype.itemsize
         activations = Activations(
-            estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
+            estimator.working_set,
+            self._streams,
+            not on_gpu,
+            config.memory.recompute,
+            token_bytes,
+            bool(needs.turn_layers),
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
         disk = self.target.disk(config.memory) if needs.on_nvme else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ Key = tuple[int, int]  # block that takes the hidden states as input, micro-batc
 BORROW_ALIGN = 256
 LOOKAHEAD = 2  # offloaded boundaries on their way back while one is being used
 EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
+SUMMING_TOKENS = 180  # whose arithmetic takes as long as adding to the sums of gradients, on an H100
 FRAGMENTS = 16  # of what graphs hold, the allocator loses one more such part between tensors of many sizes
 WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
 
@@ -43,9 +45,10 @@ class WorkingSet:
 class ActivationPlan:
     """Where the activations of one batch shape go. From the first layer to the last:
 
-    | boundary on the device | boundary on the host | graph kept on the device |
+    | boundary on the device | boundary on the host | graph kept on the device | at the turn |
 
-    and of the layers before the kept graphs, the last ones keep the outputs of their linear layers, too.
+    and of the layers before the kept graphs, the last ones keep the outputs of their linear layers, too. Layers at the
+    turn keep their graph as well, of one micro-batch at a time.
     """
 
     offloaded: frozenset[int]  # blocks whose input is kept on the host
@@ -105,15 +108,16 @@ def plan_activations(
     Raises:
         BudgetError: not even with all boundaries on the host.
     """
-    num_layers, boundary = plan.num_blocks - 2, sum(tokens) * token_bytes
+    num_layers, boundary = plan.num_blocks - 2 - plan.turn_layers, sum(tokens) * token_bytes
     passing = 3 * boundary  # entering a block, leaving it, and the gradient on its way down
-    busy = working.at(max(tokens))
+    busy, graph = working.at(max(tokens)), working.kept_none * (1 + FRAGMENTS) // FRAGMENTS
+    turning = plan.turn_layers * max(tokens) * graph
     room = _Room(
         num_layers,
-        plan.limits.device - plan.num_bytes("device") - busy - passing,
+        plan.limits.device - plan.num_bytes("device") - busy - passing - turning,
         boundary,
         sum(tokens) * working.kept_selective,
-        sum(tokens) * working.kept_none * (1 + FRAGMENTS) // FRAGMENTS,
+        sum(tokens) * graph,
     )
 
     def offloaded_lines(num_graphs: int, num_selective: int) -> list[Line]:
@@ -130,6 +134,7 @@ def plan_activations(
         *offloaded_lines(num_graphs, num_selective),
         Line("device", f"block at work ({max(tokens)} tokens)", busy),
         Line("device", "hidden states", passing),
+        *([Line("device", f"graphs of {plan.turn_layers} turn layers", turning)] if turning else []),
         *_kept_lines(room, num_graphs, num_selective),
     )
     remedy = "a smaller train.micro_batch or train.batch_size"
@@ -138,7 +143,7 @@ def plan_activations(
     check_fits(plan.with_activations(lines), remedy)
     first_graph = 1 + num_layers - num_graphs
     kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
-    kept |= {block: Recompute.none for block in range(first_graph, 1 + num_layers)}
+    kept |= {block: Recompute.none for block in range(first_graph, plan.num_blocks - 1)}
     return ActivationPlan(away, kept, lines, plan.boundaries)
 
 
@@ -210,7 +215,7 @@ def boundary_sizes(offloaded: Iterable[int], tokens: Sequence[int], token_bytes:
 
 
 def choose_micro_batch(
-    plan: MemoryPlan,
+    plans: Sequence[MemoryPlan],
     batch_size: int,
     seq_len: int,
     token_bytes: int,
@@ -223,23 +228,33 @@ def choose_micro_batch(
     Large ones save launches and gradient sums, until the block at work pushes boundaries out to the host, or takes the
     room in which layers could keep what they need for their backward.
 
+    Args:
+        plans: without activations; they differ in the layers at the turn, of which the first has fewest.
+
     Raises:
         BudgetError: not even one row fits.
     """
-    divisors = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0]
-    best: tuple[tuple[bool, int, int, int], int] | None = None
-    for rows in divisors:
+    best: tuple[tuple[bool, int, float], int] | None = None
+
+    def rank(plan: MemoryPlan, rows: int) -> tuple[bool, int, float]:
         tokens = [rows * seq_len] * (batch_size // rows)
+        planned = plan_activations(plan, tokens, token_bytes, working, idle, recompute)
+        too_small = tokens[0] < EFFICIENT_TOKENS and rows < batch_size
+        forwards = (plan.num_blocks - 2) * 4 * (1 + SUMMING_TOKENS / tokens[0]) - len(planned.recompute)
+        return too_small, planned.host_bytes // WORTHWHILE, forwards
+
+    for rows in (rows for rows in range(1, batch_size + 1) if batch_size % rows == 0):
         try:
-            planned = plan_activations(plan, tokens, token_bytes, working, idle, recompute)
+            found = rank(plans[0], rows)
         except BudgetError:
             if rows == 1:
                 raise
             break  # more rows need more
-        too_small = rows * seq_len < EFFICIENT_TOKENS and rows < batch_size
-        rank = too_small, planned.host_bytes // WORTHWHILE, -len(planned.recompute), -rows
-        if best is None or rank < best[0]:
-            best = rank, rows
+        for plan in plans[1:]:
+            with suppress(BudgetError):
+                found = min(found, rank(plan, rows))
+        if best is None or found < best[0]:
+            best = found, rows
     assert best is not None
     return best[1]
 

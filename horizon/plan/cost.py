@@ -145,6 +145,7 @@ def step_cost(
         blocks=tuple(map(block, needs.layouts)),
         first=first,
         weight_slots=needs.weight_slots,
+        turn_layers=needs.turn_layers,
         save_s=tuple(num * token_bytes / rates.down_bytes_per_s for num in tokens),
         return_s=tuple(num * token_bytes / rates.up_bytes_per_s for num in tokens),
         as_landed=as_landed,

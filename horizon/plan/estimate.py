@@ -68,12 +68,11 @@ class Estimator:
 
     # ---- bytes
 
-    def working_set(self, seq_len: int, rows: int, version: int, recompute: Recompute) -> WorkingSet:
+    def working_set(self, seq_len: int, rows: int, version: int, kinds: Set[Recompute]) -> WorkingSet:
         """As `horizon.stream.measure.measure_working_set` gives it; `version` changes nothing."""
-        asked = {kind for kind in (Recompute.selective, Recompute.none) if recompute in (Recompute.auto, kind)}
-        selective = max(self._outputs(layer) for layer in self.work.layers) if Recompute.selective in asked else 0
+        selective = max(self._outputs(layer) for layer in self.work.layers) if Recompute.selective in kinds else 0
         graph = max(self._graph(layer, seq_len) for layer in self.work.layers)
-        kept = graph if Recompute.none in asked else 0
+        kept = graph if Recompute.none in kinds else 0
         if not self.on_gpu:
             return WorkingSet(0, 0, 0, selective, kept)
         at_work = max(self._at_work(layer, seq_len) for layer in self.work.layers)

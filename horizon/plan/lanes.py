@@ -45,6 +45,7 @@ class StepCost:
     blocks: tuple[BlockCost, ...]  # the embedding, the layers, the head
     first: int = 0  # the lowest block with something to train, where backward ends
     weight_slots: int = 2
+    turn_layers: int = 0  # the last so many, passed with the head micro-batch by micro-batch
     save_s: tuple[float, ...] = ()  # of an offloaded boundary on its way to the host, by micro-batch
     return_s: tuple[float, ...] = ()  # and back
     as_landed: bool = False  # a block is updated when its gradient has landed; else all when the norm is known
@@ -94,8 +95,10 @@ class _Lanes:
         self.spent = dict.fromkeys(("arithmetic", "link", "optimizer", "disk", "launch"), 0.0)
         for block in range(len(self._blocks)):
             self._updates.settle(block, 0.0)
+        self._turn = range(self._head - step.turn_layers, self._head)
         self._slots = [_Slot() for _ in range(step.weight_slots)]
-        self._current: _Slot | None = None
+        self._own = {block: _Slot() for block in self._turn}
+        self._in_use: dict[int, _Slot] = {}
         self._visits: list[int] = []
         self._late: dict[int, str] = {}  # blocks that were not there yet when a slot was free for them, and why
         self._next = self._ahead = 0
@@ -103,7 +106,7 @@ class _Lanes:
         self._reader = 0.0  # when the thread that fills them is
         self._staged = -1, 0.0  # the visit that was read last, and when
         self._drained = [0.0] * DRAIN_SLOTS
-        self._turn = 0
+        self._drain_slot = 0
         self._landed = [0.0] * len(self._blocks)
         self._claimed: dict[int, bool] = {}  # blocks whose gradient has a buffer of the ring: whether it is used now
         self._saved: dict[tuple[int, int], float] = {}
@@ -112,11 +115,11 @@ class _Lanes:
 
     def run(self) -> None:
         """One step."""
-        back = range(self._head - 1, self._step.first - 1, -1)
+        back = range(self._turn.start - 1, self._step.first - 1, -1)
         self._begin([*range(self._head + 1), *back])
-        for block in range(self._head):
+        for block in range(self._turn.start):
             self._forward(block)
-        self._backward(self._head)
+        self._turn_around()
         self._order = deque((b, m) for b in back if self._blocks[b].offloads for m in range(len(self._step.return_s)))
         self._bring_back()
         for block in back:
@@ -135,13 +138,35 @@ class _Lanes:
             self._work(seconds)
             if cost.offloads:
                 self._idle(self._saved[block, m], "link")  # the memory goes to the next kernel
-        self._release()
+        self._release(block)
+
+    def _turn_around(self) -> None:
+        """Each micro-batch up through the turn's layers and the head, and straight back."""
+        last = len(self._blocks[self._head].backward_s) - 1
+        for m in range(last + 1):
+            for block in (*self._turn, self._head):
+                if m == 0:
+                    self._acquire(block)
+                self._work(self._blocks[block].forward_s[m])
+            if m == 0:
+                self._wait_for_slot(self._head)
+            for block in (self._head, *reversed(self._turn)):
+                self._work(self._blocks[block].backward_s[m])
+                if m == last:
+                    self._close(block)
+
+    def _close(self, block: int) -> None:
+        """All micro-batches have come back through the block."""
+        if block in self._own:
+            self._wait_for_slot(block)
+        self._work(self._blocks[block].close_s)
+        self._land(block)
+        self._release(block)
 
     def _backward(self, block: int) -> None:
         cost = self._blocks[block]
         self._acquire(block)
-        if not cost.in_hbm:
-            self._idle(self._drained[self._turn], "link")
+        self._wait_for_slot(block)
         if cost.add_s:
             ready = max(self._compute.free, self._landed[self._head])  # where the other share came from
             self._idle(self._copy(self._fetch, ready, cost.add_s), "link")
@@ -150,9 +175,12 @@ class _Lanes:
                 self._idle(self._returning.pop((block, m)), "link")
                 self._bring_back()
             self._work(seconds)
-        self._work(cost.close_s)
-        self._land(block)
-        self._release()
+        self._close(block)
+
+    def _wait_for_slot(self, block: int) -> None:
+        """For what its gradient is drained from; a layer at the turn needs that at its end."""
+        if not self._blocks[block].in_hbm:
+            self._idle(self._drained[self._drain_slot], "link")
 
     def _bring_back(self) -> None:
         while self._order and len(self._returning) < LOOKAHEAD:
@@ -170,9 +198,9 @@ class _Lanes:
         else:
             for owner in cost.buffers:
                 self._claim(owner)
-            self._drained[self._turn] = self._copy(self._drain, self._compute.free, cost.drain_s)
-            self._landed[block] = self._drained[self._turn]
-            self._turn = (self._turn + 1) % DRAIN_SLOTS
+            self._landed[block] = self._copy(self._drain, self._compute.free, cost.drain_s)
+            self._drained[self._drain_slot] = self._landed[block]
+            self._drain_slot = (self._drain_slot + 1) % DRAIN_SLOTS
         if block in cost.buffers and (self._step.hbm_as_landed if cost.in_hbm else self._step.as_landed):
             if cost.in_hbm:  # beside the device's kernels
                 self._updates.settle(block, self._landed[block] + cost.update.work_s)
@@ -210,7 +238,7 @@ class _Lanes:
         self._claimed = {}  # the forward waits for the updates that use them
         self._late = {}
         self._staged, self._reader = (-1, 0.0), max(self._reader, self._host)
-        for slot in self._slots:
+        for slot in (*self._slots, *self._own.values()):
             slot.block = None  # of an older version
         self._prefetch()
 
@@ -220,22 +248,23 @@ class _Lanes:
         if self._blocks[block].in_hbm:
             self._wait(self._up_to_date(block), "optimizer")
         else:
-            slot = self._current = self._holding(block)
+            slot = self._holding(block)
             assert slot is not None
+            self._in_use[block] = slot
             self._idle(slot.loaded, slot.late)
         self._next += 1
         self._prefetch()
 
-    def _release(self) -> None:
-        if self._current is not None:
-            self._current.released, self._current = self._compute.free, None
+    def _release(self, block: int) -> None:
+        if block in self._in_use:
+            self._in_use.pop(block).released = self._compute.free
         self._prefetch()
 
     def _prefetch(self, wait: bool = False) -> None:
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
             if not self._blocks[block].in_hbm and self._holding(block) is None:
-                slot = self._victim()
+                slot = self._victim(block)
                 if slot is None:
                     return
                 must = wait and self._ahead == self._next
@@ -273,11 +302,14 @@ class _Lanes:
         return self._staged[1]
 
     def _holding(self, block: int) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.block == block), None)
+        slots = [self._own[block]] if block in self._own else self._slots
+        return next((slot for slot in slots if slot.block == block), None)
 
-    def _victim(self) -> _Slot | None:
+    def _victim(self, block: int) -> _Slot | None:
+        if block in self._own:
+            return self._own[block]
         coming, later = self._visits[self._next : self._ahead], self._visits[self._ahead :]
-        idle = [slot for slot in self._slots if slot is not self._current and slot.block not in coming]
+        idle = [slot for slot in self._slots if slot.block not in self._in_use and slot.block not in coming]
         return max(idle, key=lambda s: later.index(s.block) if s.block in later else len(later), default=None)
 
     # ---- time

@@ -84,8 +84,8 @@ class Limits:
 class MemoryPlan:
     """Bytes per tier and purpose of one engine, activations excluded until the batch shape is known.
 
-    `boundaries`: the tier of those that leave the device. `prediction`: how long a step takes, where its shape was
-    planned ahead.
+    `boundaries`: the tier of those that leave the device. `turn_layers`: see `MemoryNeeds`. `prediction`: how long a
+    step takes, where its shape was planned ahead.
     """
 
     num_blocks: int
@@ -95,6 +95,7 @@ class MemoryPlan:
     activations: tuple[Line, ...] = field(default=())
     prediction: StepPrediction | None = None
     boundaries: Tier = Tier.dram
+    turn_layers: int = 0
 
     def num_bytes(self, tier: str) -> int:
         """Planned bytes of `tier`."""
@@ -147,11 +148,18 @@ class MemoryNeeds:
     saving: int = 0  # bytes that checkpoints are written from
     cxl: CxlTier = NO_CXL
     pageable: frozenset[str] = frozenset()  # states that cross the link and that CUDA refuses to register
+    turn_layers: int = 0  # the last so many, which micro-batch after micro-batch passes with the head, there and back
 
     @property
     def states(self) -> tuple[State, ...]:
         """What every block has, gradients apart."""
         return states_of(self.master, self.moments)
+
+    @property
+    def turn(self) -> range:
+        """The blocks of the layers at the turn."""
+        head = len(self.layouts) - 1
+        return range(head - self.turn_layers, head)
 
     @property
     def on_nvme(self) -> frozenset[Place]:
@@ -185,7 +193,10 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
         BudgetError: states, slots or framework do not fit; says by how much and the smallest budget that works.
     """
     parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
-    plan = MemoryPlan(len(needs.layouts), parameters, fixed_lines(needs), limits, boundaries=needs.boundaries)
+    plan = MemoryPlan(
+        len(needs.layouts), parameters, fixed_lines(needs), limits,
+        boundaries=needs.boundaries, turn_layers=needs.turn_layers,
+    )  # fmt: skip
     check_fits(plan, f"a smaller model, {_remedy(plan, needs)}")
     return plan
 
@@ -205,6 +216,9 @@ def fixed_lines(needs: MemoryNeeds) -> tuple[Line, ...]:
         Line("device", "gradient slots", gradient_slot_bytes(needs)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
+    if needs.turn_layers:
+        purpose = f"weights, sums of {needs.turn_layers} turn layers"
+        lines.append(Line("device", purpose, turn_bytes(needs)))
     if needs.saving:
         lines.append(Line("host", "checkpoint staging", needs.saving))
     if on_device:
@@ -304,15 +318,30 @@ def _remedy(plan: MemoryPlan, needs: MemoryNeeds) -> str:
 
 def slot_bytes(needs: MemoryNeeds) -> int:
     """Device bytes of the weight slots: fp32 needs room for what is loaded and the joined values."""
+    size = slot_elements(needs.layouts, {*in_place(needs.in_hbm, needs.compute_dtype), *needs.turn})
+    return needs.weight_slots * _bytes_per_slot_element(needs) * size
+
+
+def _bytes_per_slot_element(needs: MemoryNeeds) -> int:
     halves = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
-    per_element = halves if needs.compute_dtype is torch.bfloat16 else halves + 4
-    return needs.weight_slots * per_element * slot_elements(needs.layouts, needs.in_hbm, needs.compute_dtype)
+    return halves if needs.compute_dtype is torch.bfloat16 else halves + 4
 
 
-def slot_elements(layouts: Sequence[BlockLayout], in_hbm: Set[int], compute_dtype: torch.dtype) -> int:
-    """Elements of a weight slot: in bf16, blocks in HBM are computed with where they are."""
-    where_they_are = in_hbm if compute_dtype is torch.bfloat16 else frozenset()
-    return max((lay.num_slot_elements for lay in layouts if lay.index not in where_they_are), default=0)
+def turn_bytes(needs: MemoryNeeds) -> int:
+    """Device bytes of what each layer at the turn has to itself: a slot for its weights, and the fp32 sum."""
+    resident, element = in_place(needs.in_hbm, needs.compute_dtype), _bytes_per_slot_element(needs)
+    sizes = ((block, needs.layouts[block].num_slot_elements) for block in needs.turn)
+    return sum(size * ((0 if block in resident else element) + 4) for block, size in sizes)
+
+
+def in_place(in_hbm: frozenset[int], compute_dtype: torch.dtype) -> frozenset[int]:
+    """Blocks that are computed with where they are: those in HBM, in bf16."""
+    return in_hbm if compute_dtype is torch.bfloat16 else frozenset()
+
+
+def slot_elements(layouts: Sequence[BlockLayout], elsewhere: Set[int]) -> int:
+    """Elements of a slot that all blocks pass but those `elsewhere`, which are in place or have a slot each."""
+    return max((lay.num_slot_elements for lay in layouts if lay.index not in elsewhere), default=0)
 
 
 def gradient_slot_bytes(needs: MemoryNeeds) -> int:

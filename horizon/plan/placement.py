@@ -20,7 +20,7 @@ import torch
 from horizon.config.schema import MasterFormat, MemoryConfig, Moments, Policy, Tier, TierRule
 from horizon.config.values import choice
 from horizon.errors import ConfigError
-from horizon.layout import BlockLayout
+from horizon.layout import BlockLayout, first_trained
 from horizon.plan.cxl import POLICIES as CXL_POLICIES
 from horizon.plan.levels import fill_dram
 from horizon.plan.memory import Limits, MemoryNeeds
@@ -45,6 +45,7 @@ class Placer:
     rules: tuple[TierRule, ...] = ()  # if there are some, they decide
     spills: bool = False  # what host memory does not hold goes to nvme
     slots: int | None = None  # for weights; None: the plan decides
+    turns: bool = False  # the plan decides how many layers are at the turn
 
     @property
     def moves(self) -> bool:
@@ -136,7 +137,26 @@ def read_policy(
     spills = policy is Policy.auto and memory.nvme_dir is not None and not rules
     if policy is Policy.auto and (device.type == "cpu" or not can_update or narrow):
         policy = Policy.dram
-    return Placer(policy, wanted, rules, spills, memory.weight_slots)
+    return Placer(policy, wanted, rules, spills, memory.weight_slots, memory.turn_layers is None)
+
+
+def turn_layers(memory: MemoryConfig, layouts: Sequence[BlockLayout]) -> int:
+    """Layers at the turn that are asked for; 0 where the plan decides.
+
+    Raises:
+        ConfigError: there are not so many, or some have nothing to train below the head.
+    """
+    wanted, most = memory.turn_layers, most_turn_layers(layouts)
+    if wanted is not None and not 0 <= wanted <= most:
+        raise ConfigError(
+            f"memory.turn_layers={wanted}: expected null, or 0 to {most}, the layers from the lowest that trains upward"
+        )
+    return wanted or 0
+
+
+def most_turn_layers(layouts: Sequence[BlockLayout]) -> int:
+    """The layers that backward comes to."""
+    return len(layouts) - 1 - max(1, first_trained(layouts))
 
 
 def preference(layouts: Sequence[BlockLayout]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which of several arrangements of a step is best: they differ in which blocks' states live in HBM.
+"""Which of several arrangements of a step is best: they differ in which blocks live in HBM, and are at the turn.
 
 What the device has left beside them goes to what layers keep for their backward (`horizon.plan.activations`), so that
 each block in HBM is paid for with recomputation, and each saves link and host memory. Pure arithmetic.
@@ -15,6 +15,7 @@ from horizon.plan.memory import MemoryNeeds
 from horizon.plan.placement import preference
 from horizon.plan.prediction import StepPrediction
 
+TURNS = 9  # numbers of layers at the turn that are tried, about
 A_SLOT = 0.02  # of a step: what another slot must save; it is as large as the largest block
 AS_FAST = 0.002  # of a step: what is slower by less is as fast as the fastest, and may have less on the host instead
 
@@ -36,6 +37,11 @@ def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
     order, head = preference(layouts), len(layouts) - 1
     early = [order[0], head, *(block for block in order[1:] if block != head)]
     return list(dict.fromkeys(frozenset(blocks[:num]) for blocks in (order, early) for num in range(len(layouts) + 1)))
+
+
+def turns(most: int) -> list[int]:
+    """The numbers of layers at the turn that are worth a look, ascending."""
+    return list(range(0, most + 1, max(1, most // TURNS)))
 
 
 def worth_a_slot(now: Arrangement, then: Arrangement) -> bool:

@@ -13,11 +13,12 @@ def least_traffic(needs: MemoryNeeds) -> dict[tuple[str, str], int]:
     """Bytes by (direction, what) of one step: weights up twice but for the turn-around, gradients down once.
 
     The blocks that are still in a slot when backward begins (the head, the last layer, with more than two slots more of
-    them) go up once, and so do frozen blocks below the lowest one that trains. Boundaries depend on the batch.
+    them) go up once, and so do layers at the turn and frozen blocks below the lowest one that trains. Boundaries depend
+    on the batch.
     """
     first = first_trained(needs.layouts)
     layouts = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
-    above = [lay for lay in layouts if lay.index >= first]
+    above = [lay for lay in layouts if lay.index >= first and lay.index not in needs.turn]
     kept = max(needs.weight_slots, 2)
     element = sum(state.dtype.itemsize for state in loaded_states(needs.states, needs.compute_dtype))
     loads = (*layouts, *above[:-kept])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from horizon.stream.boundaries import Boundaries
 from horizon.stream.measure import measured_rows
 from horizon.stream.streams import Streams
 
-WorkingSetOf = Callable[[int, int, int, Recompute], WorkingSet]  # of tokens of a row, rows, version and what is kept
+WorkingSetOf = Callable[[int, int, int, Set[Recompute]], WorkingSet]  # of a row's tokens, rows, version, what is kept
 
 
 class StepSpace(NamedTuple):
@@ -34,10 +34,14 @@ class StepSpace(NamedTuple):
 class Activations:
     """Decides per batch shape what stays on the device, and holds what leaves it.
 
+    Attributes:
+        kinds: what layers of a step may come to keep.
+
     Args:
         working_set: where a block's bytes come from: measured, or estimated for an engine that does not exist.
         on_cpu: `recompute=auto` is then `full`, for memory is what is scarce there.
         recompute: as configured.
+        turns: some layers are at the turn, whatever `recompute` says.
         token_bytes: bytes of one token's hidden state.
         nodes: NUMA nodes of what leaves the device; none: where the kernel puts it.
         file: for what leaves it for nvme; None where nothing is run.
@@ -45,25 +49,22 @@ class Activations:
 
     def __init__(
         self, working_set: WorkingSetOf, streams: Streams, on_cpu: bool, recompute: Recompute, token_bytes: int,
-        nodes: Sequence[int] = (), file: OffloadFile | None = None,
+        turns: bool, nodes: Sequence[int] = (), file: OffloadFile | None = None,
     ):  # fmt: skip
         self._working_set_of, self._streams, self._token_bytes = working_set, streams, token_bytes
         self._recompute = Recompute.full if on_cpu and recompute is Recompute.auto else recompute
+        every = self._recompute is Recompute.auto
+        self.kinds = frozenset((Recompute.full, Recompute.selective, Recompute.none) if every else [self._recompute])
+        if turns:
+            self.kinds |= {Recompute.none}
         self._measured: dict[tuple[int, int], WorkingSet] = {}  # by tokens of a row, and rows
         self._plans: dict[tuple[object, ...], ActivationPlan] = {}
         self._offload, self._file = OffloadSpace(not on_cpu, nodes), file
 
-    @property
-    def kinds(self) -> frozenset[Recompute]:
-        """What layers of a step may come to keep."""
-        return frozenset(
-            (Recompute.full, Recompute.selective, Recompute.none)
-            if self._recompute is Recompute.auto
-            else [self._recompute]
-        )
-
-    def choose_rows(self, fixed: MemoryPlan, batch_size: int, seq_len: int, idle: Sequence[int], version: int) -> int:
-        """Rows per micro-batch for steps of `batch_size` rows."""
+    def choose_rows(
+        self, fixed: Sequence[MemoryPlan], batch_size: int, seq_len: int, idle: Sequence[int], version: int
+    ) -> int:
+        """Rows per micro-batch for steps of `batch_size` rows, with one of these plans."""
         working = self._working_set(seq_len, batch_size, version)
         return choose_micro_batch(fixed, batch_size, seq_len, self._token_bytes, working, idle, self._recompute)
 
@@ -135,5 +136,5 @@ class Activations:
     def _working_set(self, seq_len: int, max_rows: int, version: int) -> WorkingSet:
         key = seq_len, measured_rows(seq_len, max_rows)
         if key not in self._measured:
-            self._measured[key] = self._working_set_of(*key, version, self._recompute)
+            self._measured[key] = self._working_set_of(*key, version, self.kinds)
         return self._measured[key]

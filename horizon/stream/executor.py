@@ -2,13 +2,16 @@
 
 Layer-major: all micro-batches pass a block while it is resident, so weights cross the link once per pass. Forward
 keeps what enters each block, and of some blocks more (`stream.passes`); backward runs a block again from that and
-differentiates it by hand. The head turns the pass around within one residency, and the last layer is still in its slot
+differentiates it by hand. The head turns the pass around within one residency, and the layer below is still in its slot
 when backward begins.
+
+Where the device has room, the last layers are at the turn with the head: resident together, each micro-batch passes
+them and comes straight back before the next sets out. What they keep for their backward, so that nothing is run again,
+is of one micro-batch only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,16 +38,9 @@ from horizon.stream.randomness import Randomness
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
 from horizon.stream.timing import PassTimer
+from horizon.stream.turn import ForwardState, Turn
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardState:
-    """What the forward pass leaves behind."""
-
-    hidden: list[Tensor]  # the last layer's output per micro-batch, [B, T, H]
-    calls: list[list[Call]]  # per micro-batch and layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +50,7 @@ class ExecutorSettings:
     compute_dtype: torch.dtype
     weight_slots: int
     head_chunk: int  # tokens
+    turn: range  # the layers at the turn, up to the head
 
 
 class Executor(ForwardPasses):
@@ -71,12 +68,12 @@ class Executor(ForwardPasses):
         self._streams = streams
         self._layouts = model.layouts
         self._head = model.head
-        self._weights = WeightSlots(streams, store, settings.weight_slots, settings.compute_dtype)
-        self._first = first_trained(self._layouts)
+        self._weights = WeightSlots(streams, store, settings.weight_slots, settings.compute_dtype, settings.turn)
+        self._first, self._turn = first_trained(self._layouts), settings.turn
         self._randomness = Randomness(model, streams.device)
         self._passes = Passes(model, self._randomness, self._first)
-        self._host_loss = torch.zeros((), pin_memory=streams.device.type == "cuda")
         self.gradients: GradientSlots | None = None
+        self._turn_around: Turn | None = None
 
     @property
     def device(self) -> torch.device:
@@ -95,18 +92,23 @@ class Executor(ForwardPasses):
 
     def use_buffers(self, buffers: GradientBuffers) -> None:
         """Send gradients into these buffers from now on."""
-        self.gradients = None  # give the old slots back first
-        self.gradients = GradientSlots(self._streams, self._layouts, buffers)
+        self.gradients = self._turn_around = None  # give the old slots back first
+        self.gradients = GradientSlots(self._streams, self._layouts, buffers, turn=self._turn)
+        self._turn_around = Turn(
+            self._turn, self._head, self._weights, self.gradients, self._passes, self._head_loss, self._randomness,
+            self._streams,
+        )  # fmt: skip
 
     def free_slots(self) -> None:
         """Give the slots' memory back, until `make_slots`."""
         self._weights.free()
-        self.gradients = None
+        self.gradients = self._turn_around = None
         self._streams.release_memory()
 
-    def make_slots(self, buffers: GradientBuffers, weight_slots: int) -> None:
-        """Slots for blocks and buffers that have moved."""
-        self._weights.make(weight_slots)
+    def make_slots(self, buffers: GradientBuffers, weight_slots: int, turn: range) -> None:
+        """Slots for blocks and buffers that have moved, and others that are at the turn."""
+        self._turn = turn
+        self._weights.make(weight_slots, turn)
         self.use_buffers(buffers)
 
     def train(
@@ -126,22 +128,20 @@ class Executor(ForwardPasses):
         Args:
             version: the weights' version to compute with; loading waits for it block by block.
             seed: of dropout masks, so that recomputation draws the same.
-            recompute: by layer block, what its backward runs again; blocks that are not named: all.
+            recompute: by layer block, what its backward runs again; blocks that are not named: all, but at the turn.
             old_share: leave old_share * (gradients on the host) + (1 - old_share) * (this batch's); 0 replaces them.
 
         Returns:
             the step's loss, an fp32 scalar on the device; the caller decides when to wait for it.
         """
-        assert self.gradients is not None
+        assert self.gradients is not None and self._turn_around is not None
         self._randomness.seed = seed
-        layers = range(1, self._head)
-        self._weights.begin([0, *layers, self._head, *reversed(range(self._first, self._head))], version)
+        back = [*reversed(range(max(1, self._first), self._turn.start))]
+        self._weights.begin([*range(self._head + 1), *back, *([0] if self._first == 0 else [])], version)
         self.gradients.begin_step(old_share)
         self._model.train(True)
         state = self._forward(batches, boundaries, recompute)
-        loss, grads = self._turn_around(batches, state.hidden, sink, 1 - old_share, loss_fn)
-        state.hidden.clear()
-        back = [b for b in reversed(layers) if b >= self._first]
+        loss, grads = self._turn_around.run(batches, state, sink, 1 - old_share, loss_fn)
         boundaries.begin_backward([(b, m) for b in back for m in range(len(batches))])
         for _ in back:
             self._backward_layer(state.calls, boundaries, grads, sink)
@@ -264,14 +264,14 @@ class Executor(ForwardPasses):
     def _forward(
         self, batches: Sequence[MicroBatch], boundaries: Boundaries, recompute: Mapping[int, Recompute]
     ) -> ForwardState:
-        """The forward of a training step."""
+        """The forward of a training step up to the turn."""
         state = ForwardState([], [])
         with self._weights.visit() as (_, params):
             for m, batch in enumerate(batches):
                 states, layer_calls = self._passes.embed(m, params, batch, self.gradients)
                 state.hidden.append(states)
                 state.calls.append(layer_calls)
-        for _ in range(1, self._head):
+        for _ in range(1, self._turn.start):
             with self._weights.visit() as (block, params):
                 self._forward_layer(block, params, state, boundaries, recompute.get(block, Recompute.full))
         return state
@@ -297,37 +297,6 @@ class Executor(ForwardPasses):
             state.hidden[m] = self._passes.forward((block, m), params, state.hidden[m], call, self.gradients, recompute)
             if keeps_boundary:
                 boundaries.read((block, m))
-
-    def _turn_around(
-        self,
-        batches: Sequence[MicroBatch],
-        hidden: list[Tensor],
-        sink: GradientSink,
-        share: float,
-        loss_fn: LossFn | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The head's forward and backward: the step's loss, and `share` times the gradient of each `hidden`."""
-        losses, grads = [], []
-        divisors = _divisors(batches, share, custom=loss_fn is not None)
-        assert self.gradients is not None
-        with self._weights.visit() as (block, params), self._gradients_of(block, sink):
-            for m, batch in enumerate(batches):
-                with self._randomness.of(block, m):
-                    loss, grad = self._head_loss.backward(
-                        params, hidden[m], batch, divisors[m], self.gradients, loss_fn
-                    )
-                losses.append(loss)
-                grads.append(grad)
-            loss = torch.stack(losses).sum() / share
-            self._announce(loss, sink)
-        return loss, grads
-
-    def _announce(self, loss: Tensor, sink: GradientSink) -> None:
-        """Bring the loss to the host beside the kernels, so that updates may begin inside the backward."""
-        drain = self._streams.drain
-        drain.wait_event(self._streams.compute.record_event())
-        self._streams.copy(drain, self._host_loss, loss)
-        sink.turned(self._host_loss, drain.record_event())
 
     def _backward_layer(
         self, calls: list[list[Call]], boundaries: Boundaries, grads: list[Tensor], sink: GradientSink
@@ -362,11 +331,3 @@ class Executor(ForwardPasses):
 def _is_single(grads: Sequence[Tensor]) -> bool:
     """Whether each weight's gradient is computed at once, not summed over micro-batches or tiles of one."""
     return len(grads) == 1 and not takes_tiles(grads[0])
-
-
-def _divisors(batches: Sequence[MicroBatch], share: float, custom: bool) -> list[float]:
-    """What each micro-batch's loss is divided by: summed losses by all trained tokens, custom ones by their weight."""
-    weights = [b.num_tokens for b in batches]
-    if not custom:
-        return [sum(weights) / share] * len(batches)
-    return [sum(weights) / (share * w) if w else math.inf for w in weights]

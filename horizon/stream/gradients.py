@@ -6,14 +6,17 @@ layers and embedding tables are computed in their place there (`models.linear`);
 first, so nothing is zeroed ahead. Sums that already wait on the host (an earlier `forward_backward`, or the head's
 share of a tied embedding) are fetched first and added to. The gradient of a block in HBM stays on the device, where its
 buffer is.
+
+The layers at the turn of a step are open together, for a micro-batch comes back through all of them before the next
+sets out. Each has a sum of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -60,6 +63,17 @@ class _Span:
         return slice(self.owner_start, self.owner_start + self.end - self.start)
 
 
+@dataclass(slots=True)
+class _Open:
+    """A block whose gradients are being summed."""
+
+    block: int
+    target: Tensor  # of the sums
+    flat: Tensor | None  # what the gradient is kept in or drained from, once that is known
+    places: dict[str, Tensor]  # local name -> view of the target
+    written: set[str] = field(default_factory=set)  # those that hold a sum
+
+
 @dataclass(frozen=True, slots=True)
 class _Partial:
     """A sum that waits on the host to be added to."""
@@ -69,19 +83,24 @@ class _Partial:
 
 
 class GradientSlots:
-    """Sums, measures and drains one block's gradients at a time.
+    """Sums, measures and drains blocks' gradients, one block after another.
 
     Args:
         buffers: where they go.
         num_slots: drain slots; 2 lets a block's copy run beside the next block's backward.
+        turn: layers that may be open together.
     """
 
-    def __init__(self, streams: Streams, layouts: Sequence[BlockLayout], buffers: GradientBuffers, num_slots: int = 2):
+    def __init__(
+        self, streams: Streams, layouts: Sequence[BlockLayout], buffers: GradientBuffers, num_slots: int = 2,
+        turn: Collection[int] = (),
+    ):  # fmt: skip
         self._streams, self._layouts, self._buffers = streams, layouts, buffers
         self._in_hbm = buffers.in_hbm
         size, total = gradient_slot_elements(layouts, self._in_hbm, buffers.dtype)
         self._slots = [_DrainSlot(streams.empty(size, dtype=buffers.dtype)) for _ in range(num_slots)]
         self._sum = streams.empty(total, dtype=torch.float32)
+        self._own = {b: streams.empty(layouts[b].num_slot_elements, dtype=torch.float32) for b in turn}
         self._spans = _all_spans(layouts)
         self._padding = [_padding(lay, spans) for lay, spans in zip(layouts, self._spans, strict=True)]
         self._order = list(dict.fromkeys(span.owner for spans in reversed(self._spans) for span in spans))  # as claimed
@@ -90,15 +109,13 @@ class GradientSlots:
         self.norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, device=streams.device)
         pin = streams.device.type == "cuda"
         self._host_norms = torch.zeros(self._first_norm[-1], dtype=torch.float32, pin_memory=pin)
-        self._turn = 0
-        self._block = -1
-        self._flat = self._target = self._slots[0].flat
-        self._places: dict[str, Tensor] = {}  # of the open block: local name -> view of the target
-        self._written: set[str] = set()  # those that hold a sum
+        self._next_slot = 0
+        self._open: dict[int, _Open] = {}
+        self._now = _Open(-1, self._sum, None, {})
 
     def begin_step(self, old_share: float) -> None:
         """Start a backward pass that leaves old_share * (sums on the host) + this pass's gradients; 0 replaces them."""
-        self._partial = {}
+        self._partial, self._open = {}, {}
         if old_share:
             for spans in self._spans:
                 for span in spans:
@@ -108,24 +125,36 @@ class GradientSlots:
             self.norms.zero_()
 
     def open(self, block: int, single: bool) -> None:
-        """Start summing `block`'s gradients; with `single`, `add` will be called just once."""
-        self._block = block
-        slot = self._slot
+        """Sum `block`'s gradients from now on; with `single`, `add` will be called just once."""
+        if block in self._open:
+            self._now = self._open[block]
+            return
         if block == len(self._layouts) - 1:  # the first; blocks have seen the step before, or they were not loaded
             self._buffers.begin(self._order, adds=bool(self._partial))
-        if block in self._in_hbm:
-            trains = self._layouts[block].num_trainable > 0  # else no update would release the buffer
-            self._flat = self._claim(block) if trains else self._sum[:0]
-        else:
-            if slot.drained is not None:  # its last copy to the host must be over before it is written again
-                with self._streams.waiting(Cause.link, "gradient slot", block):
-                    self._streams.compute.wait_event(slot.drained)
-            self._flat = slot.flat
-        self._begin(block, self._sum if self._needs_sum(block, single) else self._flat)
+        flat = None if block in self._own else self._flat(block)
+        target = flat if flat is not None else self._own[block]
+        if flat is not None and self._needs_sum(block, single):
+            target = self._sum
+        self._open[block] = self._begin(block, target, flat)
         for span in self._spans[block]:
             for (start, stop), partial in self._partial.get(span.owner, {}).items():
-                fetched = self._add_partial(slot, span, start, stop, partial)
-                self._written |= {name for name, offset, _ in self._layouts[block].grad_ranges() if offset in fetched}
+                fetched = self._add_partial(span, start, stop, partial)
+                ranges = self._layouts[block].grad_ranges()
+                self._now.written |= {name for name, offset, _ in ranges if offset in fetched}
+
+    def _flat(self, block: int) -> Tensor:
+        """What the block's gradient is kept in, if it is in HBM, or drained from."""
+        if block in self._in_hbm:
+            trains = self._layouts[block].num_trainable > 0  # else no update would release the buffer
+            return self._claim(block) if trains else self._sum[:0]
+        return self._free_slot(block)
+
+    def _free_slot(self, block: int) -> Tensor:
+        """The drain slot whose turn it is."""
+        if self._slot.drained is not None:  # its last copy to the host must be over before it is written again
+            with self._streams.waiting(Cause.link, "gradient slot", block):
+                self._streams.compute.wait_event(self._slot.drained)
+        return self._slot.flat
 
     def rehearse(self, block: int, single: bool = False) -> None:
         """As `open`, for gradients that are dropped: in memory that keeps none, and with no buffer claimed."""
@@ -138,13 +167,14 @@ class GradientSlots:
             target = slot.flat
         elif target.numel() < size:
             target = self._streams.empty(size, dtype=dtype)
-        self._begin(block, target)
+        self._begin(block, target, None)
 
-    def _begin(self, block: int, target: Tensor) -> None:
+    def _begin(self, block: int, target: Tensor, flat: Tensor | None) -> _Open:
         """Take the block's gradients in `target` from now on."""
         ranges = self._layouts[block].grad_ranges()
-        self._target, self._written = target, set()
-        self._places = {n: target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
+        places = {n: target[start : start + math.prod(shape)].view(shape) for n, start, shape in ranges}
+        self._now = _Open(block, target, flat, places)
+        return self._now
 
     def _needs_sum(self, block: int, single: bool) -> bool:
         """Whether the gradient is summed elsewhere than in the memory that it is kept in or drained from."""
@@ -161,8 +191,8 @@ class GradientSlots:
 
     def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x, the weight gradient of a linear layer: in place, where the device can sum it in fp32."""
-        place, first = self._places[name], name not in self._written
-        self._written.add(name)
+        place, first = self._now.places[name], name not in self._now.written
+        self._now.written.add(name)
         if place.is_cuda and place.dtype is torch.float32 and grad.dtype is not torch.float32:
             if first:
                 torch.mm(grad.t(), x, out_dtype=torch.float32, out=place)
@@ -177,40 +207,41 @@ class GradientSlots:
 
     def add_rows(self, name: str, rows: Tensor, grad: Tensor, padding_idx: int | None) -> None:
         """Add each row of `grad` to a row of an embedding table's gradient."""
-        place = self._places[name]
+        place = self._now.places[name]
         if not (place.is_cuda and place.dtype is torch.float32):
             padding = -1 if padding_idx is None else padding_idx
             self._add(name, torch.ops.aten.embedding_dense_backward(grad, rows, place.shape[0], padding, False))
             return
-        if name not in self._written:
-            self._written.add(name)
+        if name not in self._now.written:
+            self._now.written.add(name)
             place.zero_()
         if padding_idx is not None:
             grad = grad.masked_fill((rows == padding_idx).unsqueeze(1), 0)
         place.index_put_((rows,), grad.float(), accumulate=True)  # sorts, hence the same bits every time
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        if name in self._written:
-            self._places[name].add_(gradient)
+        if name in self._now.written:
+            self._now.places[name].add_(gradient)
         else:
-            self._written.add(name)
-            self._places[name].copy_(gradient)
+            self._now.written.add(name)
+            self._now.places[name].copy_(gradient)
 
     def close(self, sink: GradientSink) -> None:
-        """Measure the sums, cast them, start their way to the host; what belongs to a block in HBM stays there."""
-        block, slot = self._block, self._slot
-        for name in self._places.keys() - self._written:
-            self._places[name].zero_()
+        """Measure the open sums, cast them, start their way to the host; what belongs to a block in HBM stays there."""
+        now, block = self._now, self._now.block
+        flat = self._flat(block) if now.flat is None else now.flat
+        for name in now.places.keys() - now.written:
+            now.places[name].zero_()
         for start, stop in self._padding[block]:
-            self._target[start:stop].zero_()
+            now.target[start:stop].zero_()
         for span in self._spans[block]:
-            source, stays = self._target[span.start : span.end], span.owner in self._in_hbm
-            place = self._claim(span.owner)[span.host] if stays else self._flat[span.start : span.end]
+            source, stays = now.target[span.start : span.end], span.owner in self._in_hbm
+            place = self._claim(span.owner)[span.host] if stays else flat[span.start : span.end]
             if place.data_ptr() != source.data_ptr():
                 place.copy_(source)
-        self._measure(block, self._flat)
-        self._drain(block, slot, sink)
-        self._block, self._places = -1, {}
+        self._measure(block, flat)
+        self._drain(block, self._slot, sink)
+        del self._open[block]
 
     def _waiting(self, block: int) -> bool:
         """Whether sums to add to wait on the host."""
@@ -218,26 +249,29 @@ class GradientSlots:
 
     @property
     def _slot(self) -> _DrainSlot:
-        return self._slots[self._turn]
+        return self._slots[self._next_slot]
 
-    def _add_partial(self, slot: _DrainSlot, span: _Span, start: int, stop: int, partial: _Partial) -> range:
-        """Fetch what of a waiting sum belongs to `span`; gives the range of the slot that now holds it."""
+    def _add_partial(self, span: _Span, start: int, stop: int, partial: _Partial) -> range:
+        """Fetch what of a waiting sum belongs to `span`; gives the range of the block's sums that now holds it."""
         start, stop = max(span.host.start, start), min(span.host.stop, stop)
         if start >= stop:
             return range(0)
         source = self._claim(span.owner)[start:stop]
         to = slice(span.start + start - span.host.start, span.start + stop - span.host.start)
+        target = self._now.target[to]
         if span.owner not in self._in_hbm:
             fetch, compute = self._streams.fetch, self._streams.compute
-            fetch.wait_event(compute.record_event())  # the slot is free for writing
+            landing = target
+            if target.dtype is not self._buffers.dtype:
+                landing = self._free_slot(self._now.block)[to]
+            fetch.wait_event(compute.record_event())  # it is free for writing
             if partial.landed is not None:
                 fetch.wait_event(partial.landed)
             with self._streams.moving(fetch, "gradient", span.owner):
-                self._streams.copy(fetch, slot.flat[to], source)
+                self._streams.copy(fetch, landing, source)
             with self._streams.waiting(Cause.link, "gradient", span.owner):
                 compute.wait_event(fetch.record_event())
-            source = slot.flat[to]
-        target = self._target[to]
+            source = landing
         if target.data_ptr() != source.data_ptr():
             target.copy_(source)
         if partial.share != 1:
@@ -272,7 +306,7 @@ class GradientSlots:
         drained = drain.record_event()
         if block not in self._in_hbm:
             slot.drained = drained
-            self._turn = (self._turn + 1) % len(self._slots)
+            self._next_slot = (self._next_slot + 1) % len(self._slots)
         if self._layouts[block].num_trainable:
             self._buffers.filled(block, drained)
             sink.landed(block, drained, self._host_norms[own])

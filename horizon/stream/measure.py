@@ -6,7 +6,7 @@ count, so fused kernels, attention backends and their workspaces are what they a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,14 +29,14 @@ def measured_rows(seq_len: int, max_rows: int) -> int:
     return min(max_rows, max(2, TOKENS // seq_len))
 
 
-def measure_working_set(executor: Executor, seq_len: int, rows: int, version: int, recompute: Recompute) -> WorkingSet:
+def measure_working_set(executor: Executor, seq_len: int, rows: int, version: int, kinds: Set[Recompute]) -> WorkingSet:
     """Peak device bytes of a block's recompute and backward, as a line in the micro-batch's tokens.
 
     Runs every kind of layer with `rows` rows of `seq_len` tokens and with half as many, and a chunk of the head, which
     does not grow with the micro-batch. Where the budget has no room for that, with a single row. On CPU the stand-in
     has no memory of its own for kernels: only what layers keep is counted, where they are to keep something.
     """
-    selective, graph = _kept(executor, min(seq_len, KEEPING_TOKENS), version, recompute)
+    selective, graph = _kept(executor, min(seq_len, KEEPING_TOKENS), version, kinds)
     if executor.device.type != "cuda":
         return WorkingSet(0, 0, 0, selective, graph)
     found = None
@@ -50,13 +50,13 @@ def measure_working_set(executor: Executor, seq_len: int, rows: int, version: in
     return WorkingSet(base, per_token, head, selective, graph)
 
 
-def _kept(executor: Executor, tokens: int, version: int, recompute: Recompute) -> tuple[int, int]:
-    """Bytes per token of one layer's linear outputs, and of its graph, as far as `recompute` asks for them."""
-    kinds = [kind for kind in (Recompute.selective, Recompute.none) if recompute in (Recompute.auto, kind)]
-    if not kinds and executor.device.type != "cuda":
+def _kept(executor: Executor, tokens: int, version: int, kinds: Set[Recompute]) -> tuple[int, int]:
+    """Bytes per token of one layer's linear outputs, and of its graph, as far as `kinds` asks for them."""
+    asked = [kind for kind in (Recompute.selective, Recompute.none) if kind in kinds]
+    if not asked and executor.device.type != "cuda":
         return 0, 0
-    sizes = executor.rehearse_keeping(sample_batch(executor, 1, tokens)[0], version, kinds)
-    per_token = {kind: -(-num_bytes // tokens) for kind, num_bytes in zip(kinds, sizes, strict=True)}
+    sizes = executor.rehearse_keeping(sample_batch(executor, 1, tokens)[0], version, asked)
+    per_token = {kind: -(-num_bytes // tokens) for kind, num_bytes in zip(asked, sizes, strict=True)}
     return per_token.get(Recompute.selective, 0), per_token.get(Recompute.none, 0)
 
 

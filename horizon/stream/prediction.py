@@ -126,4 +126,4 @@ def _timed_key(shapes: Shapes) -> tuple[object, ...]:
 
 
 def _key(needs: MemoryNeeds, shapes: Shapes) -> tuple[object, ...]:
-    return needs.in_hbm, needs.weight_slots, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)
+    return needs.in_hbm, needs.weight_slots, needs.turn_layers, needs.keeps_gradients, needs.grad_dtype, tuple(shapes)

@@ -12,11 +12,14 @@ that reads them and fetch waits for it before overwriting.
 A block whose states are in HBM is computed with where it is, without a load, when blocks compute in bf16. In fp32 its
 halves are joined in a slot, as if they came from the host. What is on nvme comes from the buffers of
 `horizon.store.loads`, which are told the walk ahead of the slots.
+
+The layers at the turn of a step are resident together. Each has a slot of its own, so that none can be in the way of
+another's load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -28,7 +31,7 @@ from torch import Tensor
 from horizon.layout import BlockLayout
 from horizon.models.blocks import block_parameters
 from horizon.plan.disk import load_parts
-from horizon.plan.memory import slot_elements
+from horizon.plan.memory import in_place, slot_elements
 from horizon.store.host import HostStore
 from horizon.store.split import join_master
 from horizon.stream.streams import Streams
@@ -85,29 +88,35 @@ class WeightSlots:
         num_slots: 1 serialises copies and kernels; each further slot loads one block further ahead and costs the
             largest block's bytes on the device.
         dtype: bfloat16 loads the weights; float32 also loads their residual, if there is one, and joins them.
+        turn: blocks that have a slot of their own, beside those.
     """
 
-    def __init__(self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype):
+    def __init__(
+        self, streams: Streams, store: HostStore, num_slots: int, dtype: torch.dtype, turn: Collection[int] = ()
+    ):
         self._streams, self._store, self._dtype = streams, store, dtype
-        self.make(num_slots)
+        self.make(num_slots, turn)
         self._visits: list[int] = []
         self._version = 0
         self._next = 0  # visit to acquire next
         self._ahead = 0  # first visit not loaded yet
-        self._current: Slot | None = None
+        self._in_use: dict[int, Slot] = {}  # by block
         self._late: dict[int, Cause] = {}  # blocks that were not there yet when a slot was free for them, and why
 
-    def make(self, num_slots: int) -> None:
-        """So many slots, for the blocks as they are placed now."""
+    def make(self, num_slots: int, turn: Collection[int] = ()) -> None:
+        """So many slots, for the blocks as they are placed now, and one for each block of `turn`."""
         self._num_slots = num_slots
-        store, in_place = self._store, self._store.in_hbm if self._dtype is torch.bfloat16 else frozenset()
-        size = slot_elements(store.layouts, store.in_hbm, self._dtype)
+        store, resident = self._store, in_place(self._store.in_hbm, self._dtype)
+        size = slot_elements(store.layouts, {*resident, *turn})
         self._slots = [self._new_slot(i, size) for i in range(self._num_slots)]
-        self._in_place = {b: _slot_in_place(self._num_slots + i, store, b) for i, b in enumerate(sorted(in_place))}
+        own = [b for b in turn if b not in resident]
+        self._own = {b: self._new_slot(num_slots + i, store.layouts[b].num_slot_elements) for i, b in enumerate(own)}
+        first = num_slots + len(own)
+        self._in_place = {b: _slot_in_place(first + i, store, b) for i, b in enumerate(sorted(resident))}
 
     def free(self) -> None:
         """Give the memory back, until `make`."""
-        self._slots, self._in_place = [], {}
+        self._slots, self._own, self._in_place = [], {}, {}
 
     def _new_slot(self, index: int, size: int) -> Slot:
         flat = self._streams.empty(size, dtype=self._dtype)
@@ -120,8 +129,8 @@ class WeightSlots:
 
     def begin(self, visits: list[int], version: int) -> None:
         """Start a walk over `visits` (block numbers) that needs the blocks' weights at `version`."""
-        if self._current is not None:
-            raise RuntimeError(f"a walk begins while block {self._current.block} is in use")
+        if self._in_use:
+            raise RuntimeError(f"a walk begins while block {next(iter(self._in_use))} is in use")
         self._visits, self._version = visits, version
         self._next = self._ahead = 0
         self._late.clear()
@@ -131,11 +140,11 @@ class WeightSlots:
 
     def reset(self) -> None:
         """Forget everything after a failed step; the buffers stay."""
-        for slot in self._slots:
+        for slot in (*self._slots, *self._own.values()):
             slot.state, slot.block, slot.version = SlotState.EMPTY, None, -1
         for slot in self._in_place.values():
             slot.state = SlotState.READY
-        self._visits, self._current = [], None
+        self._visits, self._in_use = [], {}
         if self._store.loads is not None:
             self._store.loads.stop()
 
@@ -148,7 +157,7 @@ class WeightSlots:
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
             if block not in self._in_place and self._holding(block) is None:
-                slot, must = self._victim(), wait and self._ahead == self._next
+                slot, must = self._victim(block), wait and self._ahead == self._next
                 if slot is None or not self._up_to_date(block, must) or not self._staged(block, must):
                     return
                 self._load(slot, block)
@@ -157,7 +166,7 @@ class WeightSlots:
             self._ahead += 1
 
     def acquire(self) -> tuple[int, dict[str, Tensor]]:
-        """The next visit's block number and its parameters, readable by compute until `release`."""
+        """The next visit's block number and its parameters, readable by compute until `release` of that block."""
         if self._ahead <= self._next:
             self.prefetch(wait=True)
         block = self._visits[self._next]
@@ -172,28 +181,26 @@ class WeightSlots:
                 self._streams.compute.wait_event(slot.loaded)
         self._streams.timeline.enter(Cause.arithmetic, self._pass(), block)
         slot.to(SlotState.IN_USE)
-        self._current = slot
+        self._in_use[block] = slot
         self._next += 1
+        self.prefetch()
         return block, slot.params[block]
 
-    def release(self) -> None:
-        """All kernels reading the acquired block have been issued."""
-        slot = self._current
-        assert slot is not None
-        if slot.block not in self._in_place:
+    def release(self, block: int) -> None:
+        """All kernels reading an acquired block have been issued."""
+        slot = self._in_use.pop(block)
+        if block not in self._in_place:
             slot.released = self._streams.compute.record_event()
         self._streams.timeline.enter(Cause.launch, "issuing")
         slot.to(SlotState.READY)
-        self._current = None
         self.prefetch()
 
     @contextmanager
     def visit(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """The next block of the walk, resident while open."""
-        visited = self.acquire()
-        self.prefetch()
-        yield visited
-        self.release()
+        block, params = self.acquire()
+        yield block, params
+        self.release(block)
 
     def visits(self, blocks: Sequence[int], version: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Begin a walk over `blocks`, each of which is resident until the next one is asked for."""
@@ -214,10 +221,13 @@ class WeightSlots:
         return "backward" if block in self._visits[: self._next] else "forward"
 
     def _holding(self, block: int) -> Slot | None:
-        return next((s for s in self._slots if s.block == block and s.version == self._version), None)
+        slots = [self._own[block]] if block in self._own else self._slots
+        return next((s for s in slots if s.block == block and s.version == self._version), None)
 
-    def _victim(self) -> Slot | None:
-        """The slot whose block is needed last, among those not in use and not already loaded for a coming visit."""
+    def _victim(self, block: int) -> Slot | None:
+        """The slot to load `block` into: its own or, not in use and not loaded for a coming visit, that needed last."""
+        if block in self._own:
+            return self._own[block]
         waiting = self._visits[self._next : self._ahead]
         idle = [
             s
@@ -256,7 +266,7 @@ class WeightSlots:
 
     def _held(self, visits: Sequence[int]) -> set[int]:
         """Visits that will find their block in a slot: no more others were between than there are slots beside it."""
-        through_slots = [(i, b) for i, b in enumerate(visits) if b not in self._in_place]
+        through_slots = [(i, b) for i, b in enumerate(visits) if b not in self._in_place and b not in self._own]
         held, last = set(), dict[int, int]()
         for position, (visit, block) in enumerate(through_slots):
             between = {b for _, b in through_slots[last.get(block, position) + 1 : position]}

@@ -78,6 +78,6 @@ def test_micro_batches_get_smaller_where_that_lets_layers_keep_more():
     working = WorkingSet(0, 100, 0, kept_selective=30)
     rows = 4096 * 2  # tokens of a row: one is already efficient
     plan = MemoryPlan(LAYERS + 2, 0, (), Limits(1 << 50, rows * (4 * 100 + 4 * (3 + LAYERS) * 10 + 4 * 2 * 30)))
-    args = (plan, 4, rows, 10, working, NO_IDLE)
+    args = ([plan], 4, rows, 10, working, NO_IDLE)
     assert choose_micro_batch(*args) == 4
     assert choose_micro_batch(*args, Recompute.auto) == 1

@@ -250,7 +250,7 @@ def test_the_space_that_boundaries_take_is_what_was_planned(case, stay):
 
 
 def test_a_micro_batch_is_the_whole_batch_where_that_fits():
-    assert choose_micro_batch(fixed(4, PLENTY), 12, 100, 10, WorkingSet(0, 1, 0), idle=[0] * 6) == 12
+    assert choose_micro_batch([fixed(4, PLENTY)], 12, 100, 10, WorkingSet(0, 1, 0), idle=[0] * 6) == 12
 
 
 @settings(max_examples=200, deadline=None)
@@ -266,7 +266,7 @@ def test_the_chosen_micro_batch_divides_the_batch_and_fits_if_anything_does(batc
         return True
 
     try:
-        rows = choose_micro_batch(plan, batch_size, seq_len, 10, working, idle=[0] * 6)
+        rows = choose_micro_batch([plan], batch_size, seq_len, 10, working, idle=[0] * 6)
     except BudgetError:
         assert not any(fits(rows) for rows in range(1, batch_size + 1) if batch_size % rows == 0)
     else:
@@ -279,7 +279,7 @@ def test_micro_batches_are_made_smaller_where_that_saves_gigabytes_of_host_memor
     boundary = 4 * seq_len * token_bytes
     limits = Limits(1 << 50, seq_len * per_token + (3 + 16) * boundary)
     working = WorkingSet(0, per_token, 0)
-    assert choose_micro_batch(fixed(16, limits), 4, seq_len, token_bytes, working, [0] * 18) == 1
+    assert choose_micro_batch([fixed(16, limits)], 4, seq_len, token_bytes, working, [0] * 18) == 1
     wide = Limits(1 << 50, 4 * seq_len * per_token + (3 + 16) * boundary)
-    assert choose_micro_batch(fixed(16, wide), 4, seq_len, token_bytes, working, [0] * 18) == 4
+    assert choose_micro_batch([fixed(16, wide)], 4, seq_len, token_bytes, working, [0] * 18) == 4
     assert 16 * boundary > 2 * GIB

@@ -146,9 +146,9 @@ def test_the_plan_of_an_engine_says_where_boundaries_go_and_a_micro_batch_is_cho
     assert plan.with_activations(()).boundaries is Tier.nvme
     tight = replace(plan, limits=replace(PLENTY, device=plan.num_bytes("device") + 50 + 3 * 40 * TOKEN_BYTES))
     working = WorkingSet(50, 0, 0)
-    assert choose_micro_batch(tight, 4, 10, TOKEN_BYTES, working, [0] * 4) == 4
+    assert choose_micro_batch([tight], 4, 10, TOKEN_BYTES, working, [0] * 4) == 4
     with pytest.raises(BudgetError, match="of nvme space"):
-        choose_micro_batch(replace(tight, limits=replace(tight.limits, nvme=0)), 4, 10, TOKEN_BYTES, working, [0] * 4)
+        choose_micro_batch([replace(tight, limits=replace(tight.limits, nvme=0))], 4, 10, TOKEN_BYTES, working, [0] * 4)
 
 
 def test_device_memory_is_what_it_was():

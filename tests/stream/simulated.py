@@ -23,11 +23,10 @@ from horizon.models.blocks import BlockModel
 from horizon.store.gradients import KeptGradients
 from horizon.store.offload import HostRegions
 from horizon.stream.boundaries import Boundaries
-from horizon.stream.executor import Executor, ExecutorSettings
-from horizon.stream.gradients import GradientSlots
+from horizon.stream.executor import Executor
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause, StepTimeline, Timeline
-from tests.stream.steps import HIDDEN, ROWS, TOKENS, filled_store, micro_batches
+from tests.stream.steps import HIDDEN, ROWS, TOKENS, filled_store, micro_batches, settings_of
 
 SMALL = 64  # elements: the loss and the norms of a block are fewer, and take no time
 
@@ -172,14 +171,15 @@ def simulate(
     old_share: float = 0.0,
     recompute: Mapping[int, Recompute] | None = None,
     in_hbm: Set[int] = frozenset(),
+    turn_layers: int = 0,
 ) -> tuple[StepTimeline, SimulatedStreams]:
     """One recorded step, from the end of the step before to its own."""
     streams, store = SimulatedStreams(durations), filled_store(model, in_hbm)
     store.ledger = SimulatedLedger(streams.clock, durations.published)  # type: ignore[assignment]
-    executor = Executor(model, store, streams, ExecutorSettings(torch.bfloat16, weight_slots, head_chunk=64))
+    executor = Executor(model, store, streams, settings_of(model, torch.bfloat16, weight_slots, turn_layers))
     buffers = SimulatedBuffers(model.layouts, torch.bfloat16, pin=False, in_hbm=in_hbm)
     buffers.clock, buffers.freed = streams.clock, durations.buffers
-    executor.gradients = GradientSlots(streams, model.layouts, buffers)
+    executor.use_buffers(buffers)
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
     space = {key: [torch.empty(ROWS * TOKENS * HIDDEN * 2, dtype=torch.uint8)] for key in keys}
     batches, sink = micro_batches(num_micro_batches), LastLanding()

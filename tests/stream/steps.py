@@ -44,6 +44,16 @@ def filled_store(model: BlockModel, in_hbm: Set[int] = frozenset()) -> HostStore
     return store
 
 
+def settings_of(model: BlockModel, dtype: torch.dtype, weight_slots: int, turn_layers: int) -> ExecutorSettings:
+    turn = range(model.head - turn_layers, model.head)
+    return ExecutorSettings(dtype, weight_slots, head_chunk=64, turn=turn)
+
+
+def use_buffers(executor: Executor, buffers: KeptGradients, drain_slots: int) -> None:
+    with mock.patch.object(GradientSlots.__init__, "__defaults__", (drain_slots, ())):
+        executor.use_buffers(buffers)
+
+
 def micro_batches(num: int) -> list[MicroBatch]:
     tokens = torch.randint(0, VOCAB, (num, ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     return to_micro_batches([{"input_ids": t, "labels": t} for t in tokens], torch.device("cpu"), VOCAB)
@@ -61,15 +71,16 @@ def record_steps(
     in_hbm: Set[int] = frozenset(),
     old_shares: Sequence[float] = (0.0,),
     recompute: Mapping[int, Recompute] | None = None,
+    turn_layers: int = 0,
     dropped: Site | None = None,
 ) -> Recorder:
     """Run one step per element of `old_shares`, weights updated in between; return what was seen."""
     recorder = Recorder(dropped)
     streams = RecordedStreams(recorder)
     store = filled_store(model, in_hbm)
-    executor = Executor(model, store, streams, ExecutorSettings(compute_dtype, weight_slots, head_chunk=64))
+    executor = Executor(model, store, streams, settings_of(model, compute_dtype, weight_slots, turn_layers))
     buffers = KeptGradients(model.layouts, grad_dtype, pin=False, in_hbm=in_hbm)
-    executor.gradients = GradientSlots(streams, model.layouts, buffers, drain_slots)
+    use_buffers(executor, buffers, drain_slots)
     grads = [buffers.claim(lay.index) for lay in model.layouts]
     sink = RecordedSink(recorder, grads, [store.weights, store.residual], in_hbm)
     keys = [(block, m) for block in offloaded for m in range(num_micro_batches)]
@@ -89,8 +100,8 @@ def record_steps(
 def _name_memory(
     recorder: Recorder, model: BlockModel, store: HostStore, buffers: KeptGradients, space: Any, executor: Executor
 ) -> None:
-    recorder.name(executor._host_loss, "loss")
-    assert executor.gradients is not None
+    assert executor.gradients is not None and executor._turn_around is not None
+    recorder.name(executor._turn_around._host_loss, "loss")
     recorder.name(executor.gradients._host_norms, "norms")
     for key, (region,) in space.items():
         recorder.name(region, f"boundary {model.layouts[key[0]].name} m{key[1]}")

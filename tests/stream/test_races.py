@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from horizon.config.schema import Recompute
-from horizon.stream import boundaries, executor, gradients, slots
+from horizon.stream import boundaries, gradients, slots, turn
 from tests.stream.steps import record_steps, tiny_model
 
 FROZEN = ("model.embed_tokens.*", "model.layers.0.*")
@@ -57,6 +57,21 @@ SCENARIOS = {
         "in_hbm": {0, 1, 2, 3},
         "old_shares": (0.0, 0.5),
     },
+    "two layers at the turn, accumulating, bf16": lambda: {
+        "model": tiny_model(layers=3),
+        "num_micro_batches": 2,
+        "grad_dtype": torch.bfloat16,
+        "offloaded": (1,),
+        "turn_layers": 2,
+        "old_shares": (0.0, 0.5),
+    },
+    "all layers at the turn, one in HBM, tied, accumulating, fp32": lambda: {
+        "model": tiny_model(layers=3, tied=True),
+        "num_micro_batches": 2,
+        "in_hbm": {0, 2},
+        "turn_layers": 3,
+        "old_shares": (0.0, 0.5),
+    },
     "one slot, frozen blocks": lambda: {
         "model": tiny_model(layers=2, freeze=FROZEN),
         "weight_slots": 1,
@@ -77,7 +92,7 @@ def waits(module):
     return found
 
 
-SITES = waits(slots) | waits(gradients) | waits(boundaries) | waits(executor)
+SITES = waits(slots) | waits(gradients) | waits(boundaries) | waits(turn)
 SITES = {site: line for site, line in SITES.items() if site[1] != "rehearse"}  # measures between steps
 # Before a boundary returns, compute has waited for its copy to the host, and fetch waits for compute.
 IMPLIED = [site for site, line in SITES.items() if site[1] == "_bring_back" and "saved" in line]

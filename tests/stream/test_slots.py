@@ -65,7 +65,7 @@ def test_a_visit_reads_the_masters_by_name_in_fp32(store, num, visits):
             assert torch.equal(params[param.spec.local_name], store.read_master(param.name))
         if block == 3:
             assert torch.equal(params["tied"], store.read_master("b1.w"))
-        slots.release()
+        slots.release(block)
 
 
 def test_a_visit_reads_the_high_halves_in_bf16(store):
@@ -76,7 +76,7 @@ def test_a_visit_reads_the_high_halves_in_bf16(store):
         for param in LAYOUTS[block].params:
             high = store.weights[block][param.offset : param.end].view(param.spec.shape)
             assert torch.equal(params[param.spec.local_name], high)
-        slots.release()
+        slots.release(block)
 
 
 def test_a_walk_cannot_begin_inside_a_visit(store):
@@ -111,8 +111,7 @@ def test_prefetching_does_not_wait_for_a_version_but_the_visit_does(store):
     store.ledger.publish(0, 1)
     slots.begin([0, 1], version=1)  # returns although block 1 is still at version 0
     slots.acquire()
-    slots.prefetch()
-    slots.release()
+    slots.release(0)
     store.weights[1].fill_(2.0)
     store.residual[1].zero_()
     seen = []
@@ -142,9 +141,9 @@ def test_a_visit_that_waits_for_a_failed_update_raises_the_failure(store):
 def test_a_new_version_replaces_what_the_slots_hold(store):
     slots = weight_slots(store)
     slots.begin([0, 1], version=0)
-    for _ in range(2):
+    for block in range(2):
         slots.acquire()
-        slots.release()
+        slots.release(block)
     store.write_master("b1.v", torch.full((7,), -1.0))
     for block in range(BLOCKS):
         store.ledger.publish(block, 1)
@@ -176,7 +175,7 @@ def test_in_bf16_a_block_in_hbm_is_computed_with_where_it_is(placed):
         assert in_place is (block in {1, 2})
         for p in LAYOUTS[block].params:
             assert torch.equal(params[p.spec.local_name].flatten(), placed.weights[block][p.offset : p.end])
-        slots.release()
+        slots.release(block)
 
 
 @pytest.mark.parametrize("num", [1, 2])
@@ -189,7 +188,7 @@ def test_in_fp32_a_block_in_hbm_is_joined_in_a_slot(placed, num):
             assert torch.equal(params[param.spec.local_name], placed.read_master(param.name))
         if block == 3:
             assert torch.equal(params["tied"], placed.read_master("b1.w"))
-        slots.release()
+        slots.release(block)
 
 
 @pytest.mark.parametrize("block", [1, 3], ids=["the block itself", "one that borrows from it"])
