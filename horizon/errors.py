@@ -52,3 +52,8 @@ class CallbackError(HorizonError):
 
 class NonFiniteError(HorizonError):
     """A loss or a gradient is NaN or infinite."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line; libraries put the reason behind a colon and a line break."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -27,12 +27,11 @@ from horizon.plan.machine import (
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import read_policy, unknown_activations
 from horizon.plan.refusals import check_memory
-from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.store.cxl import find_cxl
 from horizon.store.host import HostStore
 from horizon.stream.forward import ForwardPasses, Visits
 from horizon.stream.guard import guard
-from horizon.stream.head import HeadLoss, chunk_bytes, chunk_tokens
+from horizon.stream.head import HEAD_CHUNK_BYTES, HeadLoss, chunk_bytes, chunk_tokens
 from horizon.stream.slots import WeightSlots
 from horizon.stream.streams import Streams
 

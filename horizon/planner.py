@@ -17,7 +17,7 @@ import torch
 
 from horizon.config.schema import Policy, Recompute
 from horizon.errors import BudgetError, ConfigError
-from horizon.models.blocks import BlockModel
+from horizon.layout import BlockLayout
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, most_turn_layers, unknown_activations
@@ -32,12 +32,27 @@ NOTHING = torch.empty(0)
 Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
 
 
+class Blocks(Protocol):
+    """The model, as far as it is asked here."""
+
+    @property
+    def layouts(self) -> Sequence[BlockLayout]:
+        """Of its blocks."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that it has an embedding for; None where any position can be computed."""
+
+
 class Arranged(Protocol):
     """What steps are planned for: the engine's running parts."""
 
-    model: BlockModel
     plan: MemoryPlan
     needs: MemoryNeeds
+
+    @property
+    def model(self) -> Blocks:
+        """What they go through."""
 
     @property
     def moves_blocks(self) -> bool:
@@ -190,8 +205,10 @@ class StepPlanner:
             planned = self._activations.consider(fixed, shapes, idle, parts.version)
         except BudgetError:
             return None
-        predicted = self._predictor.estimate(needs, planned, shapes, parts.as_landed)
-        return Arrangement(needs, planned, fixed.with_activations(planned.lines).num_bytes("host"), predicted)
+        step = needs, planned, shapes, parts.as_landed
+        host_bytes = fixed.with_activations(planned.lines).num_bytes("host")
+        least_s = self._predictor.least_seconds(*step)
+        return Arrangement(needs, planned, host_bytes, least_s, partial(self._predictor.estimate, *step))
 
     # ---- how many slots weights have
 

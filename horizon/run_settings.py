@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horizon.building import make_optimizer
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
 from horizon.evaluation import check_eval_settings
-from horizon.models.skeleton import ModelSource
+from horizon.models.source import ModelSource
+from horizon.optimizers import make_optimizer
 from horizon.report.trace import require_matplotlib
 from horizon.report.trackers import require_trackers
 from horizon.run_checkpoints import check_checkpoint_settings

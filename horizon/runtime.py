@@ -60,15 +60,13 @@ from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
 from horizon.stream.guard import guard
-from horizon.stream.head import LossFn, chunk_bytes, chunk_tokens
+from horizon.stream.head import HEAD_CHUNK_BYTES, LossFn, chunk_bytes, chunk_tokens
 from horizon.stream.measure import measure_working_set
 from horizon.stream.prediction import Predictor, timed_on
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import Cause
-from horizon.units import MIB
 
 T = TypeVar("T")
-HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
 
 
 class Runtime:

@@ -24,6 +24,7 @@ FLOW = (
     ("data", "report"),
     ("planner",),
     ("runtime", "zo"),
+    ("optimizers",),
     ("forecast", "frozen"),
     ("check", "diagnosis", "checkpoints", "generation"),
     ("building",),

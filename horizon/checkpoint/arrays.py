@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from horizon.checkpoint.format import CHUNK_BYTES, MANIFEST, ArraySpec, Chunk
-from horizon.errors import CheckpointError
-from horizon.models.hf_config import one_line
+from horizon.errors import CheckpointError, one_line
 from horizon.optim.threads import available_cores
 from horizon.units import MIB
 

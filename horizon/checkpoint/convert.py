@@ -24,7 +24,8 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import model_facts
 from horizon.checkpoint.saves import TOKENIZER, commit, saved_buffers
 from horizon.errors import CheckpointError
-from horizon.models.skeleton import build_skeleton, resolve_model
+from horizon.models.skeleton import build_skeleton
+from horizon.models.source import resolve_model
 from horizon.units import GIB
 
 _TOKENIZER_FILES = re.compile(

@@ -22,9 +22,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from horizon.checkpoint.conversion import Group, as_meta, export_groups
 from horizon.checkpoint.shards import num_bytes, write_shard
-from horizon.errors import CheckpointError
-from horizon.models.hf_config import one_line
-from horizon.models.skeleton import WEIGHTS, WEIGHTS_INDEX, tied_aliases
+from horizon.errors import CheckpointError, one_line
+from horizon.models.skeleton import tied_aliases
+from horizon.models.source import WEIGHTS, WEIGHTS_INDEX
 from horizon.units import GIB, MIB, format_bytes
 
 _MODEL_FILES = re.compile(

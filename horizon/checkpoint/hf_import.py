@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from horizon.checkpoint.conversion import Group, import_groups
 from horizon.checkpoint.shards import ShardReader, open_shards
-from horizon.errors import CheckpointError
-from horizon.models.hf_config import one_line
+from horizon.errors import CheckpointError, one_line
 from horizon.models.skeleton import init_parameters, tied_aliases
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from horizon.checkpoint.arrays import Array
 from horizon.checkpoint.format import MASTER_KIND
@@ -27,6 +26,9 @@ from horizon.optim.adamw import AdamW
 from horizon.optim.moments import noise, random_bits, read_m, read_v, write_m, write_v
 from horizon.plan.states import GROUP, MOMENTS
 from horizon.store.host import HostStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Keys of a transformers config that do not change what the model computes.
 _IDLE_KEYS = {

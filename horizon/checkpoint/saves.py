@@ -12,26 +12,27 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from horizon.checkpoint.arrays import ArrayWriter, load_library, writing_bytes
 from horizon.checkpoint.folder import PartialFolder, flush_files, write_flushed
 from horizon.checkpoint.format import BUFFER_KIND, DTYPE_NAMES, MANIFEST, ArraySpec, StateArray, list_arrays
-from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.snapshot import BOUNCE_BYTES, Snapshot, StateReader
 from horizon.checkpoint.staging import ALIGN, Staging
 from horizon.config.schema import MasterFormat, Moments
-from horizon.errors import CheckpointError, ConfigError, HorizonError
-from horizon.models.hf_config import one_line
+from horizon.errors import CheckpointError, ConfigError, HorizonError, one_line
 from horizon.optim.threads import available_cores
 from horizon.records import CheckpointRow
 from horizon.store.host import HostStore
 from horizon.store.nvme import BOUNCE
 from horizon.stream.streams import Streams
 from horizon.units import align_up, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from horizon.checkpoint.hf_export import Tokenizer
 
 log = logging.getLogger(__name__)
 

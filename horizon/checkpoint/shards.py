@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from horizon.checkpoint.conversion import as_meta
-from horizon.errors import CheckpointError
-from horizon.models.hf_config import one_line, read_json
-from horizon.models.skeleton import WEIGHTS, WEIGHTS_INDEX
+from horizon.errors import CheckpointError, one_line
+from horizon.models.hf_config import read_json
+from horizon.models.source import WEIGHTS, WEIGHTS_INDEX
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -14,7 +14,7 @@ from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import ConfigError
 from horizon.inference import InferenceEngine
 from horizon.models.hf_config import load_config
-from horizon.models.skeleton import resolve_model
+from horizon.models.source import resolve_model
 from horizon.run_checkpoints import FOLDER, find_checkpoint
 
 if TYPE_CHECKING:

@@ -42,13 +42,14 @@ def run(arguments: list[str]) -> int:
     machine = load_machine(machines[-1]) if machines else None
     name = config.model.path or (_values(arguments, "model") or [DEFAULT_MODEL])[-1]
 
-    from horizon.building import make_optimizer
-    from horizon.forecast.here import this_machine  # after misspelt settings had their chance: loads transformers
-    from horizon.forecast.imagined import Forecaster, open_skeleton
+    from horizon.forecast.here import this_machine  # after misspelt settings had their chance: loads torch
+    from horizon.forecast.imagined import Forecaster
     from horizon.forecast.machine import target_of
     from horizon.forecast.outlook import look
     from horizon.forecast.report import as_json, as_text
+    from horizon.forecast.shapes import open_shape
     from horizon.forecast.zeroth_order import forecast_zeroth_order, zeroth_order_json, zeroth_order_text
+    from horizon.optimizers import make_optimizer
     from horizon.plan.facts import read_facts
     from horizon.run_settings import check_settings, with_lr
     from horizon.zo.settings import ZerothOrder
@@ -56,7 +57,7 @@ def run(arguments: list[str]) -> int:
     check_settings(config)
     facts = this_machine() if machine is None else read_facts(machine, f"machine={machines[-1]}")
     target = target_of(facts, config.device, here=machine is None)
-    model = open_skeleton(config)
+    model = open_shape(config)
     optimizer = make_optimizer(with_lr(config, None))
     if isinstance(optimizer, ZerothOrder):
         forecast = forecast_zeroth_order(model, target, optimizer, config)

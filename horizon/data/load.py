@@ -20,8 +20,7 @@ from horizon.data.rows import Rows, Source, join, pack, pad
 from horizon.data.sources import OpenSource, open_sources, open_validation
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import DataError
-from horizon.models.hf_config import load_config
-from horizon.models.skeleton import ModelSource
+from horizon.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +56,8 @@ def load_run_data(config: HorizonConfig, source: ModelSource | None) -> TextData
     trust = config.model.trust_remote_code
     vocab_limit = config.model.config.get("vocab_size")
     if source is not None:
+        from horizon.models.hf_config import load_config  # here: this package is of use without transformers
+
         vocab_limit = load_config(source.folder, trust).get_text_config().vocab_size
     return load_data(
         config.data,

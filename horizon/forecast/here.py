@@ -1,18 +1,14 @@
 """What this machine can do: measured once, kept in a file per machine, measured again when asked or when it changes.
 
 The file is a machine file like any other (`horizon.config.machine`), so it can be taken along to plan for this machine
-elsewhere. It is written beside its place and renamed, so that two writers leave the file of one of them.
+elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -25,6 +21,7 @@ from horizon.config.compose import dump_machine, load_machine
 from horizon.config.machine import DeviceFile, HostFile, MachineFile, TierFile
 from horizon.config.schema import Moments, NvmeEngine
 from horizon.errors import BudgetError, ConfigError
+from horizon.forecast.kept import kept_folder, key_of, write_kept
 from horizon.optim.adamw import AdamW
 from horizon.optim.rate import PARAMETERS, measure_update_rate
 from horizon.optim.threads import available_cores, default_num_threads
@@ -48,13 +45,12 @@ def identity() -> str:
     if torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         parts.append(str(torch.version.cuda))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return key_of(parts)
 
 
 def cache_file() -> Path:
     """Where this machine's facts are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "horizon" / f"machine-{identity()}.yaml"
+    return kept_folder() / f"machine-{identity()}.yaml"
 
 
 def this_machine() -> MachineFacts:
@@ -96,16 +92,7 @@ def keep(machine: MachineFile, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"# measured by horizon {__version__} on {time.strftime('%Y-%m-%d')}\n{dump_machine(machine)}")
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    write_kept(path, f"# measured by horizon {__version__} on {time.strftime('%Y-%m-%d')}\n{dump_machine(machine)}")
 
 
 def measure(seconds: float, updates: bool) -> MachineFile:

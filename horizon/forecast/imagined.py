@@ -1,25 +1,22 @@
 """An engine that does not exist: its steps are planned by the planner of those that do, on estimates.
 
-Nothing is allocated and no weights are read; the model is a skeleton.
+Nothing is allocated and no weights are read; of the model only its shape is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from horizon.checkpoint.format import list_arrays
 from horizon.checkpoint.saves import saving_bytes, staging_bytes
 from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, OnNonFinite, Policy, Recompute
-from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
-from horizon.models.blocks import BlockModel
-from horizon.models.skeleton import build_skeleton, resolve_model
+from horizon.models.shape import ModelShape
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.plan.activations import ActivationPlan
@@ -30,9 +27,8 @@ from horizon.plan.placement import read_policy, turn_layers, unknown_activations
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.refusals import check_memory, check_speculation
 from horizon.planner import StepPlanner
-from horizon.runtime import HEAD_CHUNK_BYTES
 from horizon.stream.activations import Activations
-from horizon.stream.head import chunk_bytes, chunk_tokens
+from horizon.stream.head import HEAD_CHUNK_BYTES, chunk_bytes, chunk_tokens
 from horizon.stream.prediction import Predictor
 from horizon.stream.streams import Streams
 
@@ -61,34 +57,13 @@ class Forecast:
         return sum(kept.get(block, Recompute.full) is recompute for block in range(1, len(self.needs.layouts) - 1))
 
 
-def open_skeleton(config: HorizonConfig) -> BlockModel:
-    """The model that the settings name, without weights.
-
-    Raises:
-        HorizonError: it cannot be read or trained, as when training it.
-    """
-    model, source = config.model, None
-    if model.path is None and not model.config:
-        raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
-    if model.path is not None:
-        source = resolve_model(model.path, model.revision, model.trust_remote_code).folder
-    described: Path | Mapping[str, Any] = source or {"vocab_size": _vocabulary(config), **model.config}
-    return BlockModel(build_skeleton(described, model.trust_remote_code), model.freeze)
-
-
-def _vocabulary(config: HorizonConfig) -> int:
-    """Entries of the tokenizer that a model gets which says nothing of its vocabulary."""
-    tokenizer = given_tokenizer(config.data.tokenizer, None)
-    return config.data.vocab_size if tokenizer is None else len(tokenizer)
-
-
 class _Imagined:
     """What `StepPlanner` plans for."""
 
     version = 0
     updates_per_s = None  # no update was seen
 
-    def __init__(self, model: BlockModel, needs: MemoryNeeds, plan: MemoryPlan, as_landed: bool):
+    def __init__(self, model: ModelShape, needs: MemoryNeeds, plan: MemoryPlan, as_landed: bool):
         self.model, self.needs, self.plan, self.as_landed = model, needs, plan, as_landed
 
     @property
@@ -105,9 +80,8 @@ class _Imagined:
 class Forecaster:
     """Forecasts runs of one model on one machine, whose settings differ in anything but `model` and `device`."""
 
-    def __init__(self, model: BlockModel, target: Target):
+    def __init__(self, model: ModelShape, target: Target):
         self.model, self.target = model, target
-        self._buffer_bytes = sum(buffer.nbytes for buffer in model.skeleton.buffers())
         self._streams = Streams.on(torch.device("cpu"))
         self._estimators: dict[tuple[object, ...], Estimator] = {}
 
@@ -130,7 +104,7 @@ class Forecaster:
             clipping.keeps_gradients or config.train.on_nonfinite is OnNonFinite.skip,
             config.memory.weight_slots or WEIGHT_SLOTS,
             self.target.host_overhead,
-            self.target.device_overhead + self._buffer_bytes,
+            self.target.device_overhead + self.model.buffer_bytes,
             moments=Moments(optim.moments),
             master=MasterFormat(optim.master),
             cxl=self.target.cxl(config.memory),

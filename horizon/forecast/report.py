@@ -11,7 +11,7 @@ from horizon.forecast.changes import describe, plain
 from horizon.forecast.imagined import Forecast
 from horizon.forecast.machine import Target
 from horizon.forecast.outlook import Alternative, Outlook, advice, worthwhile
-from horizon.models.blocks import BlockModel
+from horizon.models.shape import ModelShape
 from horizon.plan.facts import MachineFacts
 from horizon.plan.memory import MemoryPlan
 from horizon.plan.prediction import StepPrediction, format_seconds
@@ -20,7 +20,7 @@ from horizon.units import format_bytes
 TIERS = "host", "device"
 
 
-def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: BlockModel, target: Target) -> dict[str, Any]:
+def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: ModelShape, target: Target) -> dict[str, Any]:
     """The outlook as one JSON object; all sizes in bytes, all times in seconds. `name`: what people call the model."""
     plan = None if outlook.forecast is None else _plan(outlook.forecast)
     refusal = None if outlook.refusal is None else refusal_json(outlook.refusal, outlook.least)
@@ -29,7 +29,7 @@ def as_json(outlook: Outlook, config: HorizonConfig, name: str, model: BlockMode
 
 
 def whole_json(
-    config: HorizonConfig, name: str, model: BlockModel, target: Target,
+    config: HorizonConfig, name: str, model: ModelShape, target: Target,
     plan: dict[str, Any] | None, refusal: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The object without alternatives."""
@@ -37,10 +37,10 @@ def whole_json(
         "fits": plan is not None,
         "model": {
             "name": name,
-            "architecture": type(model.skeleton).__name__,
-            "blocks": model.num_blocks,
+            "architecture": model.architecture,
+            "blocks": len(model.layouts),
             "parameters": model.num_parameters,
-            "trainable_parameters": sum(p.numel() for p in model.skeleton.parameters() if p.requires_grad),
+            "trainable_parameters": model.num_trainable,
         },
         "machine": machine_json(target.facts) | {"computes_on": target.device.type},
         "settings": _settings(config),

@@ -13,14 +13,22 @@ from horizon.config.schema import HorizonConfig, Moments, Recompute
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
 from horizon.forecast.report import plan_json, refusal_json, whole_json
-from horizon.models.blocks import BlockModel
+from horizon.models.shape import ModelShape
 from horizon.plan.cost import HOST_S
 from horizon.plan.estimate import WORKSPACE, Estimator
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryPlan
 from horizon.plan.prediction import StepPrediction
 from horizon.stream.head import chunk_tokens
-from horizon.zo.plan import WorkingSet, ZerothOrderNeeds, choose_rows, least_traffic, plan_memory, with_activations
-from horizon.zo.runtime import HEAD_CHUNK_BYTES, refuse_what_has_no_use
+from horizon.zo.plan import (
+    HEAD_CHUNK_BYTES,
+    WorkingSet,
+    ZerothOrderNeeds,
+    choose_rows,
+    least_traffic,
+    plan_memory,
+    refuse_what_has_no_use,
+    with_activations,
+)
 from horizon.zo.settings import ZerothOrder
 
 WIDEST = 2  # of the widest activation, that a forward pass holds beside its inputs
@@ -39,7 +47,7 @@ class ZerothOrderForecast:
 
 
 def forecast_zeroth_order(
-    model: BlockModel, target: Target, settings: ZerothOrder, config: HorizonConfig
+    model: ModelShape, target: Target, settings: ZerothOrder, config: HorizonConfig
 ) -> ZerothOrderForecast:
     """The run that `horizon train` would make of these settings.
 
@@ -53,7 +61,7 @@ def forecast_zeroth_order(
     dtype = settings.compute_dtype(config.compute_dtype, target.device)
     chunk = chunk_tokens(model.vocab_size, HEAD_CHUNK_BYTES)
     estimator = Estimator.of(model, target.facts, dtype, target.fused(config.kernels), target.on_gpu, chunk)
-    overhead = target.device_overhead + sum(buffer.nbytes for buffer in model.skeleton.buffers())
+    overhead = target.device_overhead + model.buffer_bytes
     slots = memory.weight_slots or WEIGHT_SLOTS
     needs = ZerothOrderNeeds(model.layouts, settings, dtype, slots, target.host_overhead, overhead)
     token_bytes, working = model.hidden_size * dtype.itemsize, _working_set(estimator, train.seq_len)
@@ -113,7 +121,7 @@ def zeroth_order_text(forecast: ZerothOrderForecast, name: str, target: Target) 
     return "\n".join([head, forecast.plan.table(), batches])
 
 
-def zeroth_order_json(forecast: ZerothOrderForecast, name: str, model: BlockModel, target: Target) -> dict[str, Any]:
+def zeroth_order_json(forecast: ZerothOrderForecast, name: str, model: ModelShape, target: Target) -> dict[str, Any]:
     """The forecast as one JSON object, with the fields that `horizon.forecast.report` gives."""
     plan = refusal = None
     if forecast.refusal is not None:

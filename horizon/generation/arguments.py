@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from horizon.errors import ConfigError
-from horizon.models.hf_config import one_line
+from horizon.errors import ConfigError, one_line
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own
 OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from horizon.errors import BatchError, ConfigError, HorizonError, UnsupportedModelError
+from horizon.errors import BatchError, ConfigError, HorizonError, UnsupportedModelError, one_line
 from horizon.frozen import FrozenRuntime
 from horizon.generation.arguments import read_arguments, total_tokens
 from horizon.generation.cache import LayerShape, allocated, shape_of
 from horizon.generation.streamed import StreamedModel
-from horizon.models.hf_config import one_line
 from horizon.models.structure import LastLayerReached
 from horizon.plan.kv_cache import CachePlan, plan_cache
 from horizon.plan.memory import MemoryPlan

@@ -15,15 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from horizon.errors import CheckpointError, ConfigError, UnsupportedModelError
+from horizon.errors import CheckpointError, ConfigError, UnsupportedModelError, one_line
 
 _AUTO_CLASS = "AutoModelForCausalLM"
 _TOWERS = ("vision_config", "audio_config", "encoder_config", "speech_config")
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, on one line; libraries put the reason behind a colon and a line break."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_config(source: str | Path | Mapping[str, Any] | PreTrainedConfig, trust_remote_code: bool) -> PreTrainedConfig:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from horizon.models.blocks import BlockModel
 from horizon.models.tiles import find_mlp
+
+if TYPE_CHECKING:
+    from horizon.models.blocks import BlockModel
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 

@@ -14,9 +14,9 @@ import torch
 
 from horizon.config.schema import Moments, Recompute
 from horizon.layout import first_trained
-from horizon.models.blocks import BlockModel
+from horizon.models.shape import ModelShape
 from horizon.models.tiles import TILE
-from horizon.models.work import LayerWork, ModelWork, model_work
+from horizon.models.work import LayerWork, ModelWork
 from horizon.plan.activations import WorkingSet
 from horizon.plan.cost import LayerKind, PassTimes, Rates, StepTimes
 from horizon.plan.facts import MachineFacts
@@ -58,13 +58,12 @@ class Estimator:
 
     @classmethod
     def of(
-        cls, model: BlockModel, facts: MachineFacts, dtype: torch.dtype, fused: bool, on_gpu: bool, chunk: int
+        cls, model: ModelShape, facts: MachineFacts, dtype: torch.dtype, fused: bool, on_gpu: bool, chunk: int
     ) -> Estimator:
-        """For a model without weights."""
-        work = model_work(model)
-        layers = zip(model.layouts[1:-1], work.layers, strict=True)
+        """For a model of this shape."""
+        layers = zip(model.layouts[1:-1], model.work.layers, strict=True)
         kinds = {(lay.num_elements, lay.num_trainable, Recompute.full): layer for lay, layer in layers}
-        return cls(work, kinds, first_trained(model.layouts), facts, dtype, fused, on_gpu, chunk)
+        return cls(model.work, kinds, first_trained(model.layouts), facts, dtype, fused, on_gpu, chunk)
 
     # ---- bytes
 

@@ -66,6 +66,21 @@ def run_steps(step: StepCost) -> dict[str, float]:
     return {cause: seconds - before[cause] for cause, seconds in lanes.spent.items()}
 
 
+def least_seconds(step: StepCost) -> float:
+    """What `run_steps` takes at least: a step is as long as its busiest lane."""
+    away = [cost for cost in step.blocks if not cost.in_hbm]
+    forward = sum(sum(cost.forward_s) for cost in step.blocks[:-1])
+    backward = sum(sum(cost.backward_s) + cost.close_s for cost in step.blocks[step.first :])
+    updates = [cost.update for cost in away if cost.buffers]
+    return max(
+        forward + backward + step.host_s,
+        sum(cost.load_s for cost in away),
+        sum(cost.drain_s for cost in away),
+        sum(update.work_s for update in updates),
+        sum(update.read_s + update.write_s for update in updates),
+    )
+
+
 @dataclass(slots=True)
 class _Lane:
     free: float = 0.0

@@ -6,7 +6,8 @@ each block in HBM is paid for with recomputation, and each saves link and host m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from horizon.layout import BlockLayout
@@ -26,7 +27,8 @@ class Arrangement(NamedTuple):
     needs: MemoryNeeds
     activations: ActivationPlan
     host_bytes: int
-    prediction: StepPrediction
+    least_s: float  # what such a step takes at least; is known sooner than
+    predict: Callable[[], StepPrediction]
 
 
 def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
@@ -46,14 +48,20 @@ def turns(most: int) -> list[int]:
 
 def worth_a_slot(now: Arrangement, then: Arrangement) -> bool:
     """Whether `then`, with a slot more, is faster by more than steps differ by themselves."""
-    return then.prediction.seconds < (1 - A_SLOT) * now.prediction.seconds
+    return then.predict().seconds < (1 - A_SLOT) * now.predict().seconds
 
 
 def best(arrangements: Iterable[Arrangement]) -> Arrangement | None:
-    """The one that needs the least host memory among the fastest; None where there are none."""
-    found = list(arrangements)
-    if not found:
-        return None
-    limit = min(option.prediction.seconds for option in found) * (1 + AS_FAST)
-    fast = [option for option in found if option.prediction.seconds <= limit]
-    return min(fast, key=lambda option: (option.host_bytes, option.prediction.seconds))
+    """The one that needs the least host memory among the fastest; None where there are none.
+
+    Not predicted are those that take longer at the least than another that was.
+    """
+    timed: list[tuple[float, Arrangement]] = []
+    limit = math.inf
+    for option in sorted(arrangements, key=lambda option: option.least_s):
+        if option.least_s > limit:
+            break
+        timed.append((option.predict().seconds, option))
+        limit = min(limit, timed[-1][0] * (1 + AS_FAST))
+    fast = [(option.host_bytes, seconds, option) for seconds, option in timed if seconds <= limit]
+    return min(fast, key=lambda found: found[:2])[2] if fast else None

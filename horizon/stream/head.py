@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from horizon.errors import BatchError
-from horizon.models.blocks import BlockModel, Params
 from horizon.stream.batch import IGNORED, MicroBatch
 from horizon.stream.gradients import GradientSlots
+from horizon.units import MIB
 
-LEAST_CHUNK_BYTES = 256 << 20
+if TYPE_CHECKING:
+    from horizon.models.blocks import BlockModel, Params
+
+HEAD_CHUNK_BYTES = 2048 * MIB  # logits and their gradient in bf16, or logits in fp32, that exist at once
+LEAST_CHUNK_BYTES = 256 * MIB
 BF16_COPIES = 3  # of the logits that are scored: themselves, and in fp32
 
 LossFn = Callable[[Tensor, Mapping[str, Tensor]], Tensor | float]  # (logits [B, T, V], batch) -> a number

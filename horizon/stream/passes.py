@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from horizon.config.schema import Recompute
-from horizon.models.blocks import BlockModel, Params
 from horizon.models.linear import GradientSums
 from horizon.models.structure import Call
 from horizon.stream.batch import MicroBatch
 from horizon.stream.gradients import GradientSlots
 from horizon.stream.randomness import Randomness
+
+if TYPE_CHECKING:
+    from horizon.models.blocks import BlockModel, Params
 
 Key = tuple[int, int]  # block, micro-batch
 

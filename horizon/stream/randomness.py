@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-from horizon.models.blocks import BlockModel
+if TYPE_CHECKING:
+    from horizon.models.blocks import BlockModel
 
 
 class Randomness:

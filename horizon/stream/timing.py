@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from horizon.config.schema import Recompute
 from horizon.layout import BlockLayout, first_trained
-from horizon.models.blocks import Params
 from horizon.models.structure import Call
 from horizon.models.tiles import takes_tiles
 from horizon.plan.cost import LayerKind, PassTimes, StepTimes
@@ -28,6 +27,9 @@ from horizon.stream.head import HeadLoss
 from horizon.stream.passes import Passes
 from horizon.stream.streams import Streams
 from horizon.units import MIB
+
+if TYPE_CHECKING:
+    from horizon.models.blocks import Params
 
 SETTLING_S = 0.5  # that passes are run for on a GPU, the second half of it timed
 COPIES = 4  # of which the quickest counts

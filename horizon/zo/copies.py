@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from horizon.layout import BlockLayout
-from horizon.models.blocks import Params
 from horizon.stream.streams import Streams
+
+if TYPE_CHECKING:
+    from horizon.models.blocks import Params
 
 
 def pieces_of(layout: BlockLayout, layouts: Sequence[BlockLayout]) -> list[tuple[int, int]]:

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon.errors import BudgetError
+from horizon.config.schema import MemoryConfig, Policy, Recompute
+from horizon.errors import BudgetError, ConfigError
 from horizon.layout import BlockLayout
 from horizon.plan.memory import Limits, Line, MemoryPlan, check_fits
+from horizon.plan.refusals import check_memory
 from horizon.plan.states import num_bytes
+from horizon.units import MIB
 from horizon.zo.copies import copy_elements
 from horizon.zo.masters import states_of
 from horizon.zo.settings import ZerothOrder
 from horizon.zo.slots import kept_blocks, slot_elements
+
+HEAD_CHUNK_BYTES = 512 * MIB  # logits in fp32 that would exist at once; in bf16 they take half of it
 
 Shapes = Sequence[tuple[int, int]]  # (rows, tokens) of a step's micro-batches
 
@@ -123,3 +128,21 @@ def least_traffic(needs: ZerothOrderNeeds) -> dict[tuple[str, str], int]:
     kept = kept_blocks(needs.layouts)
     streamed = num_bytes(states_of(needs.settings), [lay for lay in needs.layouts if lay.index not in kept])
     return {("H2D", "weights"): streamed, ("D2H", "weights"): streamed // needs.settings.writeback_every}
+
+
+def refuse_what_has_no_use(memory: MemoryConfig) -> None:
+    """Raise a ConfigError for settings of memory that zeroth-order steps do not follow, or that cannot work."""
+    check_memory(memory)
+    for key, value, default in (
+        ("recompute", memory.recompute, Recompute.auto),
+        ("hbm_blocks", memory.hbm_blocks, None),
+        ("nvme_dir", memory.nvme_dir, None),
+        ("update_threads", memory.update_threads, None),
+        ("cxl_nodes", memory.cxl_nodes, "auto"),
+        ("cxl_budget", memory.cxl_budget, "auto"),
+        ("cxl_simulated.size", memory.cxl_simulated.size, None),
+    ):
+        if value != default:
+            raise ConfigError(f"memory.{key}={value} has no use in zeroth-order steps; leave it at {default or 'null'}")
+    if memory.policy not in (Policy.auto, Policy.dram):
+        raise ConfigError(f"memory.policy={memory.policy} has no use in zeroth-order steps; leave it at auto")

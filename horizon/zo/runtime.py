@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, Policy, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
 from horizon.errors import BatchError, ConfigError, HorizonError
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
@@ -32,14 +32,12 @@ from horizon.plan.machine import (
     resolve_device,
 )
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryPlan
-from horizon.plan.refusals import check_memory
 from horizon.records import StepResult
 from horizon.report.recording import Recording, record_steps
 from horizon.stream.batch import MicroBatch, num_trained_tokens
 from horizon.stream.guard import guard
 from horizon.stream.head import LossFn, chunk_tokens
 from horizon.stream.streams import Streams
-from horizon.units import MIB
 from horizon.zo.copies import Copies
 from horizon.zo.estimator import (
     History,
@@ -52,7 +50,16 @@ from horizon.zo.executor import ForwardExecutor
 from horizon.zo.masters import Masters, states_of
 from horizon.zo.measure import check_eps, measure_working_set
 from horizon.zo.perturb import make_perturber
-from horizon.zo.plan import WorkingSet, ZerothOrderNeeds, choose_rows, least_traffic, plan_memory, with_activations
+from horizon.zo.plan import (
+    HEAD_CHUNK_BYTES,
+    WorkingSet,
+    ZerothOrderNeeds,
+    choose_rows,
+    least_traffic,
+    plan_memory,
+    refuse_what_has_no_use,
+    with_activations,
+)
 from horizon.zo.relu import fuse_relu
 from horizon.zo.replay import Beginning, ReplayLog, ReplayWriter, check_log, fingerprint, read_log
 from horizon.zo.settings import ZerothOrder
@@ -61,7 +68,6 @@ from horizon.zo.slots import MasterSlots
 T = TypeVar("T")
 Write = Callable[[str, Tensor], None]
 FLUSH_EVERY = 256  # steps of a log that one pass over the weights applies
-HEAD_CHUNK_BYTES = 512 * MIB  # logits in fp32 that would exist at once; in bf16 they take half of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,21 +318,3 @@ def build_zeroth_order(
         runtime.close()
         raise
     return runtime
-
-
-def refuse_what_has_no_use(memory: MemoryConfig) -> None:
-    """Raise a ConfigError for settings of memory that zeroth-order steps do not follow, or that cannot work."""
-    check_memory(memory)
-    for key, value, default in (
-        ("recompute", memory.recompute, Recompute.auto),
-        ("hbm_blocks", memory.hbm_blocks, None),
-        ("nvme_dir", memory.nvme_dir, None),
-        ("update_threads", memory.update_threads, None),
-        ("cxl_nodes", memory.cxl_nodes, "auto"),
-        ("cxl_budget", memory.cxl_budget, "auto"),
-        ("cxl_simulated.size", memory.cxl_simulated.size, None),
-    ):
-        if value != default:
-            raise ConfigError(f"memory.{key}={value} has no use in zeroth-order steps; leave it at {default or 'null'}")
-    if memory.policy not in (Policy.auto, Policy.dram):
-        raise ConfigError(f"memory.policy={memory.policy} has no use in zeroth-order steps; leave it at auto")

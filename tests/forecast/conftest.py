@@ -4,8 +4,9 @@ import pytest
 
 from horizon.config.machine import DeviceFile, HostFile, MachineFile
 from horizon.config.schema import HorizonConfig
-from horizon.forecast.imagined import Forecaster, open_skeleton
+from horizon.forecast.imagined import Forecaster
 from horizon.forecast.machine import target_of
+from horizon.forecast.shapes import open_shape
 from horizon.plan.facts import read_facts
 
 SMALL = {
@@ -38,7 +39,7 @@ def forecaster():
 
     def make(config, file=None, overhead=0):
         key = tuple(sorted((k, str(v)) for k, v in config.model.config.items()))
-        opened.setdefault(key, open_skeleton(config))
+        opened.setdefault(key, open_shape(config))
         facts = read_facts(file or machine(), "a test")
         return Forecaster(opened[key], target_of(facts, "auto", False, overhead))
 

@@ -1,14 +1,11 @@
 """A forecast and an engine decide alike: the same bytes, the same micro-batches, the same refusals, to the byte."""
 
-import json
-
 import pytest
 
 import horizon
 from horizon import runtime
 from horizon.config.schema import Clip, MasterFormat, Moments, Policy, Recompute
 from horizon.errors import BudgetError
-from horizon.forecast.imagined import open_skeleton
 from tests.forecast.conftest import SMALL, machine, settings
 
 MODELS = {
@@ -116,21 +113,3 @@ def test_what_layers_keep_is_near_what_an_engine_measures(forecaster, family, re
         sizes += [size for _, purpose, size in lines(plan) if purpose == f"{kept} of 2 blocks"]
     measured, estimated = sizes
     assert estimated == (measured if recompute == "selective" else pytest.approx(measured, rel=0.1))
-
-
-def test_a_preset_without_a_vocabulary_gets_the_tokenizers():
-    config = settings({key: value for key, value in SMALL.items() if key != "vocab_size"})
-    config.data.vocab_size = 777
-    assert open_skeleton(config).vocab_size == 777
-    config.data.tokenizer = "bytes"
-    assert 256 <= open_skeleton(config).vocab_size < 300
-
-
-def test_a_forecast_reads_no_weights_and_holds_none(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"architectures": ["LlamaForCausalLM"]}))
-    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    config = settings()
-    config.model.path, config.model.config = str(tmp_path), {}
-    model = open_skeleton(config)
-    assert all(parameter.is_meta for parameter in model.skeleton.parameters())
-    assert type(model.skeleton).__name__ == "LlamaForCausalLM"

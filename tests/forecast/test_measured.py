@@ -20,8 +20,9 @@ import torch
 import horizon
 from horizon.config.machine import HostFile, MachineFile
 from horizon.config.schema import HorizonConfig
-from horizon.forecast.imagined import Forecaster, open_skeleton
+from horizon.forecast.imagined import Forecaster
 from horizon.forecast.machine import target_of
+from horizon.forecast.shapes import open_shape
 from horizon.plan.facts import read_facts
 from horizon.plan.machine import process_bytes
 from tests.forecast.conftest import SMALL, settings
@@ -51,7 +52,7 @@ config = settings(SMALL | changes.pop("model"), train__batch_size=1, train__seq_
 config.memory.host_budget = config.memory.device_budget = "4GiB"
 host = HostFile(memory="8GiB", cores=2, bandwidth_gb_s=10, matmul_tflops=0.1)
 target = target_of(read_facts(MachineFile(name="here", host=host), "a test"), "auto", False, 0)
-plan = Forecaster(open_skeleton(config), target).forecast(config).plan
+plan = Forecaster(open_shape(config), target).forecast(config).plan
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = process_bytes()
 train(config)

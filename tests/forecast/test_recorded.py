@@ -7,8 +7,9 @@ import pytest
 
 from horizon.config.compose import compose, load_machine
 from horizon.errors import BudgetError
-from horizon.forecast.imagined import Forecaster, open_skeleton
+from horizon.forecast.imagined import Forecaster
 from horizon.forecast.machine import target_of
+from horizon.forecast.shapes import open_shape
 from horizon.plan.facts import read_facts
 from horizon.units import GIB
 
@@ -63,7 +64,7 @@ def forecast():
         key, config = (row["gpu"], row["shape"]), asked(row)
         if key not in forecasters:
             facts = read_facts(load_machine(row["gpu"]), row["gpu"])
-            forecasters[key] = Forecaster(open_skeleton(config), target_of(facts, "auto", False))
+            forecasters[key] = Forecaster(open_shape(config), target_of(facts, "auto", False))
         return forecasters[key].forecast(config)
 
     return forecast

@@ -5,10 +5,10 @@ import pytest
 from horizon import Engine, ZerothOrder
 from horizon.config.compose import compose, load_machine
 from horizon.errors import ConfigError
-from horizon.forecast.imagined import open_skeleton
 from horizon.forecast.machine import target_of
 from horizon.forecast.outlook import look
 from horizon.forecast.report import as_json
+from horizon.forecast.shapes import open_shape
 from horizon.forecast.zeroth_order import forecast_zeroth_order, zeroth_order_json, zeroth_order_text
 from horizon.plan.facts import read_facts
 from tests.forecast.conftest import SMALL, machine, settings
@@ -16,7 +16,7 @@ from tests.forecast.conftest import SMALL, machine, settings
 
 @pytest.fixture(scope="module")
 def small():
-    return open_skeleton(settings())
+    return open_shape(settings())
 
 
 def forecast(model, optimizer=None, file=None, **changes):
@@ -43,7 +43,7 @@ def _without_process(plan):
 def test_steps_that_were_measured_on_an_h100(rows, seconds, device_gib):
     config = compose(["model=opt-6.7b", "optim=mezo", f"train.batch_size={rows}", "train.seq_len=2048"])
     target = target_of(read_facts(load_machine("h100"), "a test"), "auto", here=False)
-    found = forecast_zeroth_order(open_skeleton(config), target, ZerothOrder(master="fp16", writeback_every=8), config)
+    found = forecast_zeroth_order(open_shape(config), target, ZerothOrder(master="fp16", writeback_every=8), config)
     assert found.plan.prediction.seconds == pytest.approx(seconds, rel=0.08)
     assert found.plan.prediction.bound == ("link" if rows == 1 else "arithmetic")
     assert found.plan.num_bytes("device") / (1 << 30) == pytest.approx(device_gib, rel=0.16)
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused_with_the_budget_that_works(small):
     assert "does not fit: needs " in zeroth_order_text(found, "small", target)
     with pytest.raises(ConfigError, match=r"memory\.hbm_blocks=1 has no use in zeroth-order steps"):
         forecast(small, memory__hbm_blocks=1)
-    learned = open_skeleton(settings({"model_type": "opt", "max_position_embeddings": 64}))
+    learned = open_shape(settings({"model_type": "opt", "max_position_embeddings": 64}))
     with pytest.raises(ConfigError, match=r"train\.seq_len=128, but the model has only 64 positions"):
         forecast(learned)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horizon.plan.lanes import BlockCost, StepCost, run_steps
+from horizon.plan.lanes import BlockCost, StepCost, least_seconds, run_steps
 from horizon.plan.updates import UpdateCost
 
 
@@ -173,6 +173,7 @@ def steps(draw, offloading=True):
 @given(steps())
 def test_a_step_is_never_shorter_than_what_a_lane_has_to_do(cost):
     total = seconds(cost) + 1e-9
+    assert total >= least_seconds(cost)
     assert total >= sum(sum(b.forward_s) + sum(b.backward_s) + b.close_s for b in cost.blocks) + cost.host_s
     assert total >= sum(b.load_s for b in cost.blocks)
     assert total >= sum(b.drain_s for b in cost.blocks)

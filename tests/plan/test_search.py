@@ -10,10 +10,11 @@ from horizon.plan.search import AS_FAST, Arrangement, best, placements
 from tests.plan.test_placement import TIED, UNTIED, needs
 
 
-def arrangement(seconds, host_bytes, in_hbm=()):
+def arrangement(seconds, host_bytes, in_hbm=(), least=None):
     prediction = StepPrediction(num_tokens=1, arithmetic_s=seconds, link_s=0, optimizer_s=0, launch_s=0)
     activations = ActivationPlan(frozenset(), {}, ())
-    return Arrangement(replace(needs(), in_hbm=frozenset(in_hbm)), activations, host_bytes, prediction)
+    placed = replace(needs(), in_hbm=frozenset(in_hbm))
+    return Arrangement(placed, activations, host_bytes, seconds if least is None else least, lambda: prediction)
 
 
 def test_a_head_of_its_own_is_tried_last_and_right_after_the_embedding():
@@ -31,6 +32,15 @@ def test_the_fastest_wins_and_among_those_as_fast_the_one_with_the_least_on_the_
     assert best([arrangement(1 + AS_FAST * 2, 50), fast]) is fast
     assert best([arrangement(1.001, 100), fast]) is fast  # no less on the host: time decides
     assert best([]) is None
+
+
+def test_what_takes_longer_at_the_least_is_not_predicted():
+    def never():
+        raise AssertionError("predicted in vain")
+
+    fast, near = arrangement(1.0, 100, least=0.5), arrangement(1.001, 50, least=1.0)
+    hopeless = arrangement(9.0, 0, least=1 + AS_FAST * 2)._replace(predict=never)
+    assert best([hopeless, near, fast]) is near
 
 
 @pytest.mark.parametrize("layouts", [TIED, UNTIED], ids=["tied", "untied"])

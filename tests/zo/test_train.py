@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from horizon.building import make_optimizer
 from horizon.config.compose import compose
 from horizon.errors import ConfigError
+from horizon.optimizers import make_optimizer
 from horizon.trainer import Trainer, with_lr
 from tests.parity.reference import assert_same_tensors, build
 
