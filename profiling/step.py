@@ -119,6 +119,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
             weight_slots=args.weight_slots,
             policy=args.policy,
             hbm_blocks=args.hbm_blocks,
+            turn_layers=args.turn_layers,
         ),
         max_grad_norm=args.max_grad_norm or None,
         clip=args.clip,
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--weight-slots", type=int, default=2)
     parser.add_argument("--moments", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--policy", choices=["auto", "dram", "hbm_first"], default="auto")
+    parser.add_argument("--turn-layers", type=int, help="so many layers at the turn; default: the plan decides")
     parser.add_argument("--hbm-blocks", type=int, help="so many blocks in HBM; default: the policy decides")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows; 0: the most that fits")
     parser.add_argument("--resident-rows", type=int, default=16, help="rows per micro-batch of the baseline")

@@ -21,11 +21,11 @@ MEDIUM = {
 BOUNDARY = 32 * TOKENS * 1024 * 2  # of a step of 32 rows
 
 
-def peak_of_a_step(budget="auto", recompute="full"):
+def peak_of_a_step(budget="auto", recompute="full", turn_layers=0):
     """(planned, measured peak, bytes by purpose of activations) of steps of 4 micro-batches, 8 rows each."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    memory = horizon.MemoryConfig(device_budget=budget, recompute=recompute)
+    memory = horizon.MemoryConfig(device_budget=budget, recompute=recompute, turn_layers=turn_layers)
     with engine(MEDIUM, compute_dtype="bfloat16", memory=memory) as streamed:
         for seed in range(2):
             streamed.step(batches(4, rows=8, tokens=TOKENS, vocab=VOCAB, seed=seed))
@@ -52,6 +52,13 @@ def test_spare_memory_is_used_to_keep_what_would_be_run_again_and_no_more(spare)
     assert any("linear outputs" in purpose or "graphs" in purpose for purpose in purposes)
     assert planned <= budget
     assert measured <= min(budget, planned + 256 * MIB)
+
+
+@pytest.mark.parametrize("turn_layers", [3, 8])
+def test_what_layers_at_the_turn_take_is_planned(turn_layers):
+    planned, measured, purposes = peak_of_a_step(turn_layers=turn_layers)
+    assert f"graphs of {turn_layers} turn layers" in purposes
+    assert planned - 256 * MIB <= measured <= planned + 256 * MIB
 
 
 def test_a_budget_that_cannot_work_is_refused_before_anything_is_allocated():

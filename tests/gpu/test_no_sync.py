@@ -63,6 +63,15 @@ def test_a_step_makes_the_host_wait_for_nothing(monkeypatch, offload_everything,
         assert streamed.step(make()).loss > 0
 
 
+@pytest.mark.parametrize("hbm_blocks", [0, 4])
+def test_a_step_with_layers_at_the_turn_makes_the_host_wait_for_nothing(monkeypatch, hbm_blocks):
+    memory = horizon.MemoryConfig(turn_layers=2, hbm_blocks=hbm_blocks)
+    with engine(build("llama"), compute_dtype="bfloat16", memory=memory) as streamed:
+        streamed.step(long()), streamed.step(long())
+        watch(streamed, monkeypatch)
+        assert streamed.step(long()).loss > 0
+
+
 def test_a_synchronisation_is_noticed(monkeypatch):
     def asking(logits, batch):
         loss = logits.float().logsumexp(-1).mean()

@@ -83,6 +83,17 @@ def test_the_number_of_slots_changes_no_bit(dtype):
     assert differing(one, two) == differing(three, two) == []
 
 
+@pytest.mark.parametrize("clip", ["exact", "speculative"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_at_the_turn_change_no_bit(dtype, clip):
+    model = build("llama, tied", **EAGER)
+    plain, one, all_of_them = (
+        train(model, compute_dtype=dtype, clip=clip, memory=horizon.MemoryConfig(turn_layers=n, recompute="none"))
+        for n in (0, 1, model.config.num_hidden_layers)
+    )
+    assert differing(one, plain) == differing(all_of_them, plain) == []
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_boundaries_by_way_of_the_host_change_no_bit(dtype, offload_everything):
     model = build("llama, tied", **EAGER)
