@@ -21,7 +21,7 @@ from horizon.layout import BlockLayout
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, most_turn_layers, unknown_activations
-from horizon.plan.search import Arrangement, best, placements, turns, worth_a_slot
+from horizon.plan.search import Arrangement, placements, sample, search, worth_a_slot
 from horizon.store.gradients import GradientBuffers
 from horizon.stream.activations import Activations, StepSpace
 from horizon.stream.batch import MicroBatch
@@ -147,14 +147,15 @@ class StepPlanner:
         return planned
 
     def _choose_rows(self, batch_size: int, seq_len: int, needs: MemoryNeeds, plan: MemoryPlan, idle: list[int]) -> int:
-        """Rows of a micro-batch: small ones where gradients are used as they land, for then a turn may pay.
+        """Rows of a micro-batch, for layers at the turn that there may be then.
 
-        Half of the layers at most are counted on, for the update of those follows the last micro-batch.
+        Half of all at most are counted on, for the host updates them when the last micro-batch has come back.
         """
-        plans, turn = [plan], self._turns[: 1 + len(self._turns) // 2] if self._parts.as_landed else []
-        for num in turn[1:]:
-            with suppress(BudgetError):
-                plans.append(plan_memory(replace(needs, turn_layers=num), plan.limits))
+        plans, turn = [plan], self._turns
+        for i in sample(len(turn))[1:]:
+            if turn[i] <= turn[-1] // 2:
+                with suppress(BudgetError):
+                    plans.append(plan_memory(replace(needs, turn_layers=turn[i]), plan.limits))
         return self._activations.choose_rows(plans, batch_size, seq_len, idle, self._parts.version)
 
     # ---- which blocks live in HBM, and which are at the turn
@@ -169,7 +170,7 @@ class StepPlanner:
         """How many layers may be at the turn."""
         needs, layouts = self._parts.needs, self._parts.model.layouts
         pays = self._predictor.overlaps and Recompute.none in self._activations.kinds and not needs.on_nvme
-        return turns(most_turn_layers(layouts)) if self._placer.turns and pays else [needs.turn_layers]
+        return [*range(most_turn_layers(layouts) + 1)] if self._placer.turns and pays else [needs.turn_layers]
 
     def _arrange(self, shapes: Shapes, borrow: bool) -> bool:
         """Have blocks in HBM, with policy `auto`, and at the turn so that such a step is fastest.
@@ -182,11 +183,15 @@ class StepPlanner:
         if self._moves and self._placer.policy is Policy.auto:
             placed = placements(parts.model.layouts)
         turn = self._turns if len(shapes) > 1 else self._turns[:1]
-        options = [replace(parts.needs, in_hbm=in_hbm, turn_layers=num) for in_hbm in placed for num in turn]
-        if len(options) == 1 or not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
-            return len(options) == 1
-        found = (self._arrangement(needs, shapes, borrow) for needs in options)
-        chosen = best(option for option in found if option is not None)
+        if len(placed) == len(turn) == 1:
+            return True
+        if not parts.guarded(partial(self._predictor.time, shapes, kinds, parts.version)):
+            return False
+
+        def arrange(in_hbm: frozenset[int], num: int) -> Arrangement | None:
+            return self._arrangement(replace(parts.needs, in_hbm=in_hbm, turn_layers=num), shapes, borrow)
+
+        chosen = search(placed, turn, arrange)
         if chosen is None:
             return False
         lines = chosen.activations.lines

@@ -40,6 +40,17 @@ class WorkingSet:
         """Bytes at a micro-batch of `tokens` tokens."""
         return max(self.least, self.base + self.per_token * tokens)
 
+    def turning(self, layers: int, tokens: int) -> int:
+        """Bytes beyond these that so many layers at the turn hold: all of them while the head is at work, or but one."""
+        graph = tokens * self.graph_per_token
+        head, layer = layers * graph + self.least, max(layers - 1, 0) * graph + self.base + self.per_token * tokens
+        return max(head, layer) - self.at(tokens)
+
+    @property
+    def graph_per_token(self) -> int:
+        """Bytes that a kept graph takes, with what the allocator loses."""
+        return self.kept_none * (1 + FRAGMENTS) // FRAGMENTS
+
 
 @dataclass(frozen=True, slots=True)
 class ActivationPlan:
@@ -110,14 +121,13 @@ def plan_activations(
     """
     num_layers, boundary = plan.num_blocks - 2 - plan.turn_layers, sum(tokens) * token_bytes
     passing = 3 * boundary  # entering a block, leaving it, and the gradient on its way down
-    busy, graph = working.at(max(tokens)), working.kept_none * (1 + FRAGMENTS) // FRAGMENTS
-    turning = plan.turn_layers * max(tokens) * graph
+    busy, turning = working.at(max(tokens)), working.turning(plan.turn_layers, max(tokens))
     room = _Room(
         num_layers,
         plan.limits.device - plan.num_bytes("device") - busy - passing - turning,
         boundary,
         sum(tokens) * working.kept_selective,
-        sum(tokens) * graph,
+        sum(tokens) * working.graph_per_token,
     )
 
     def offloaded_lines(num_graphs: int, num_selective: int) -> list[Line]:

@@ -16,7 +16,7 @@ from horizon.plan.memory import MemoryNeeds
 from horizon.plan.placement import preference
 from horizon.plan.prediction import StepPrediction
 
-TURNS = 9  # numbers of layers at the turn that are tried, about
+SAMPLES = 12  # of placements, and of numbers of layers at the turn, that are looked at first, about
 A_SLOT = 0.02  # of a step: what another slot must save; it is as large as the largest block
 AS_FAST = 0.002  # of a step: what is slower by less is as fast as the fastest, and may have less on the host instead
 
@@ -41,9 +41,26 @@ def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
     return list(dict.fromkeys(frozenset(blocks[:num]) for blocks in (order, early) for num in range(len(layouts) + 1)))
 
 
-def turns(most: int) -> list[int]:
-    """The numbers of layers at the turn that are worth a look, ascending."""
-    return list(range(0, most + 1, max(1, most // TURNS)))
+def sample(num: int, near: int | None = None) -> range:
+    """Some of `num` options that lie in order: spread over all, the first among them, or those between two, `near` one."""
+    step = max(1, num // SAMPLES)
+    return range(0, num, step) if near is None else range(max(0, near - step + 1), min(num, near + step))
+
+
+def search(
+    placed: Sequence[frozenset[int]], turn: Sequence[int], arrange: Callable[[frozenset[int], int], Arrangement | None]
+) -> Arrangement | None:
+    """The best pair of blocks in HBM and layers at the turn: a sample of all, then all near the best of these."""
+
+    def found(rows: range, columns: range) -> list[Arrangement]:
+        options = (arrange(placed[i], turn[j]) for i in rows for j in columns)
+        return [option for option in options if option is not None]
+
+    chosen = best(found(sample(len(placed)), sample(len(turn))))
+    if chosen is None:
+        return None
+    i, j = placed.index(chosen.needs.in_hbm), turn.index(chosen.needs.turn_layers)
+    return best([chosen, *found(sample(len(placed), i), sample(len(turn), j))])
 
 
 def worth_a_slot(now: Arrangement, then: Arrangement) -> bool:
