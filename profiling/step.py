@@ -149,6 +149,7 @@ def streamed(shape: dict, args: argparse.Namespace) -> Iterator[dict]:
                 "planned_device_gib": engine.plan.num_bytes("device") / GIB,
                 "moments": args.moments, "policy": args.policy,
                 "in_hbm": next((p for p in purposes if p.startswith("states of")), "none"),
+                "turn_layers": engine.plan.turn_layers,
                 "device_budget": args.device_budget, "max_grad_norm": args.max_grad_norm,
                 "clip": args.clip, "split": split,
                 "clip_scales": [result.clip_scale for result in results],

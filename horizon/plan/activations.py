@@ -41,7 +41,7 @@ class WorkingSet:
         return max(self.least, self.base + self.per_token * tokens)
 
     def turning(self, layers: int, tokens: int) -> int:
-        """Bytes beyond these that so many layers at the turn hold: all of them while the head is at work, or but one."""
+        """Bytes beyond these that layers at the turn hold: all of them while the head is at work, or all but one."""
         graph = tokens * self.graph_per_token
         head, layer = layers * graph + self.least, max(layers - 1, 0) * graph + self.base + self.per_token * tokens
         return max(head, layer) - self.at(tokens)

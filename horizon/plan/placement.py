@@ -45,7 +45,7 @@ class Placer:
     rules: tuple[TierRule, ...] = ()  # if there are some, they decide
     spills: bool = False  # what host memory does not hold goes to nvme
     slots: int | None = None  # for weights; None: the plan decides
-    turns: bool = False  # the plan decides how many layers are at the turn
+    turns: bool = True  # the plan decides how many layers are at the turn
 
     @property
     def moves(self) -> bool:

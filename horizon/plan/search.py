@@ -42,7 +42,7 @@ def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
 
 
 def sample(num: int, near: int | None = None) -> range:
-    """Some of `num` options that lie in order: spread over all, the first among them, or those between two, `near` one."""
+    """Some of `num` options that lie in order: spread over all, from the first on, or those between two, `near` one."""
     step = max(1, num // SAMPLES)
     return range(0, num, step) if near is None else range(max(0, near - step + 1), min(num, near + step))
 
@@ -50,12 +50,17 @@ def sample(num: int, near: int | None = None) -> range:
 def search(
     placed: Sequence[frozenset[int]], turn: Sequence[int], arrange: Callable[[frozenset[int], int], Arrangement | None]
 ) -> Arrangement | None:
-    """The best pair of blocks in HBM and layers at the turn: a sample of all, then all near the best of these."""
+    """The best pair of blocks in HBM and layers at the turn: of a sample, then of all near the best of these.
+
+    Where there is a choice of the one or the other only, of all.
+    """
 
     def found(rows: range, columns: range) -> list[Arrangement]:
         options = (arrange(placed[i], turn[j]) for i in rows for j in columns)
         return [option for option in options if option is not None]
 
+    if min(len(placed), len(turn)) == 1:
+        return best(found(range(len(placed)), range(len(turn))))
     chosen = best(found(sample(len(placed)), sample(len(turn))))
     if chosen is None:
         return None

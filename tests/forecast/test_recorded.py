@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[2] / "profiling/results"
 FILES = "2026-11-22-h200.jsonl", "2026-11-23-h200.jsonl", "2026-11-27-h100.jsonl", "2026-11-27-h200.jsonl"
 FIRST_DAY = "2026-11-22"  # of code that knew no other placement than dram, nor anything but full recomputation
 # Of code that chose as today's does; the first took placements that were 1 % slower for as good.
-TODAY = "6c6aec9", "5530211", "220608c"
+TODAY = "6c6aec9", "5530211", "220608c", "ae7fc05"
 SECONDS, HOST, DEVICE, PLANNED = 0.08, 0.03, 0.10, 0.06  # off by at most, of what was measured or planned by an engine
 FURTHER_OFF = {  # seconds of steps that the log calls not steady, or that are short
     ("qwen2.5-0.5b", 16384, "2026-11-27"): 0.21,
@@ -47,6 +47,7 @@ def asked(row):
         f"optim.max_grad_norm={row['max_grad_norm'] or 'null'}",
         f"optim.clip={row.get('clip', 'exact')}",
         f"optim.moments={row.get('moments', 'float32')}",
+        f"memory.turn_layers={row.get('turn_layers', 0)}",
     ]
     if row["date"] == FIRST_DAY:
         return compose([*overrides, "memory.policy=dram", "memory.recompute=full"])
@@ -91,8 +92,9 @@ def test_a_forecast_is_near_what_was_measured(forecast, row):
 
 
 def test_there_are_rows_of_all_kinds():
-    assert {row["gpu"] for row in ROWS} == {"h100", "h200"} and len(ROWS) == 27
+    assert {row["gpu"] for row in ROWS} == {"h100", "h200"} and len(ROWS) >= 29
     assert {row["shape"] for row in ROWS} == {"qwen2.5-7b", "qwen2.5-3b", "qwen2.5-0.5b"}
     assert {row.get("moments", "float32") for row in ROWS} == {"float32", "bfloat16", "int8"}
     assert {row.get("clip", "exact") for row in ROWS} == {"exact", "speculative"}
     assert {row["seq_len"] for row in ROWS} == {1024, 32768}
+    assert any(row.get("turn_layers") for row in ROWS)

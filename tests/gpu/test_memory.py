@@ -56,9 +56,12 @@ def test_spare_memory_is_used_to_keep_what_would_be_run_again_and_no_more(spare)
 
 @pytest.mark.parametrize("turn_layers", [3, 8])
 def test_what_layers_at_the_turn_take_is_planned(turn_layers):
+    plain = peak_of_a_step()
     planned, measured, purposes = peak_of_a_step(turn_layers=turn_layers)
     assert f"graphs of {turn_layers} turn layers" in purposes
-    assert planned - 256 * MIB <= measured <= planned + 256 * MIB
+    assert measured <= planned + 256 * MIB
+    more_planned, more_measured = planned - plain[0], measured - plain[1]
+    assert abs(more_planned - more_measured) <= max(256 * MIB, 0.03 * planned)
 
 
 def test_a_budget_that_cannot_work_is_refused_before_anything_is_allocated():

@@ -62,6 +62,25 @@ def test_three_slots_hold_two_layers_through_the_turn():
     assert spent(step(load=10, weight_slots=3)) == (7, 45, 0, 0)  # five loads, the last of them from 41 to 51
 
 
+def test_layers_at_the_turn_are_loaded_once():
+    # Five loads, the head's until 50. Block 2 is still in a slot for the backward; blocks 1 and 0 come from 51 to 71.
+    assert spent(step(num_blocks=5, load=10, turn_layers=1)) == (9, 72 - 9, 0, 0)
+
+
+def test_layers_at_the_turn_wait_for_all_of_their_updates_with_the_first_part():
+    # Versions at 10, 20, 30, 40. Block 0 goes to 12; then the first part through blocks 1, 2 and the head and back.
+    cost = step(update=10, parts=2, turn_layers=2)
+    assert seconds(cost) == 40 + 3 + 5 + 2
+    # Without a turn block 0 goes to 12, block 1 to 22, block 2 to 32 and the head from 40 on.
+    assert seconds(replace(cost, turn_layers=0)) == 40 + 4 * 2
+
+
+def test_layers_at_the_turn_send_their_gradients_when_the_last_part_has_come_back():
+    cost = step(drain=10, parts=2, turn_layers=2, as_landed=True)
+    # Block 0 goes to 2, the first part to 7, the second reaches the head's end at 10; then four gradients, one by one.
+    assert spent(cost) == (14, 10 + 4 * 10 - 14, 0, 0)
+
+
 def test_loads_hide_behind_longer_passes():
     # But for the first, which nothing can hide before the updates are done.
     assert spent(step(load=1, forward=5, backward=5)) == (35, 1, 0, 0)

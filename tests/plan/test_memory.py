@@ -77,9 +77,12 @@ def test_what_a_setting_changes(change, purpose, num_bytes):
 @pytest.mark.parametrize("grad", [BF16, FP32])
 @pytest.mark.parametrize(("keeps", "moments"), [(True, "float32"), (False, "float32"), (True, "int8")])
 @pytest.mark.parametrize("in_hbm", [(), (0,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
-def test_what_is_allocated_is_what_was_planned(compute, grad, keeps, moments, in_hbm):
+@pytest.mark.parametrize("turn_layers", [0, 1])
+def test_what_is_allocated_is_what_was_planned(compute, grad, keeps, moments, in_hbm, turn_layers):
     """Exactly on the device; on the host up to the page and huge page that a mapping is rounded up to."""
-    planned = replace(needs(compute, grad, keeps, moments=Moments(moments)), in_hbm=frozenset(in_hbm))
+    planned = replace(
+        needs(compute, grad, keeps, moments=Moments(moments)), in_hbm=frozenset(in_hbm), turn_layers=turn_layers
+    )
     taken = []
     zeros = torch.zeros
 
@@ -98,8 +101,8 @@ def test_what_is_allocated_is_what_was_planned(compute, grad, keeps, moments, in
     with mock.patch.object(tiers.torch, "zeros", counting_zeros):
         store = HostStore(LAYOUTS, False, False, CPU, planned.in_hbm, planned.moments)
         buffers = make_buffers(planned, False, CPU, store.ledger, NvmeFolder("", NvmeEngine.auto))
-    WeightSlots(streams, store, planned.weight_slots, compute)
-    GradientSlots(streams, LAYOUTS, buffers)
+    WeightSlots(streams, store, planned.weight_slots, compute, planned.turn)
+    GradientSlots(streams, LAYOUTS, buffers, turn=planned.turn)
     plan = plan_memory(planned, PLENTY)
     assert sum(taken) == plan.num_bytes("device") - planned.device_overhead
     host = plan.num_bytes("host") - planned.host_overhead

@@ -6,7 +6,7 @@ import pytest
 
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.prediction import StepPrediction
-from horizon.plan.search import AS_FAST, Arrangement, best, placements
+from horizon.plan.search import AS_FAST, Arrangement, best, placements, sample, search
 from tests.plan.test_placement import TIED, UNTIED, needs
 
 
@@ -49,3 +49,27 @@ def test_no_candidate_has_a_head_in_hbm_without_what_it_borrows(layouts):
     for in_hbm in placements(layouts):
         if head in in_hbm:
             assert {b.owner for b in layouts[head].borrowed} <= in_hbm
+
+
+@pytest.mark.parametrize("num", [1, 7, 12, 30, 200])
+def test_between_two_samples_every_option_is_looked_at(num):
+    first = list(sample(num))
+    assert first[0] == 0 and len(first) <= 24
+    assert {i for near in first for i in sample(num, near)} == set(range(num))
+
+
+def test_the_best_pair_of_placement_and_turn_is_found_without_trying_all():
+    """Seconds fall with both, up to what fits: no more than 60 of the one and the double of the other."""
+    placed, tried = [frozenset(range(num)) for num in range(60)], []
+
+    def arrange(in_hbm, turn_layers):
+        tried.append((len(in_hbm), turn_layers))
+        if len(in_hbm) + 2 * turn_layers > 60:
+            return None
+        found = arrangement(1000 - len(in_hbm) - 3 * turn_layers, 0, in_hbm)
+        return found._replace(needs=replace(found.needs, turn_layers=turn_layers))
+
+    chosen = search(placed, range(29), arrange)
+    assert (len(chosen.needs.in_hbm), chosen.needs.turn_layers) == (4, 28)
+    assert len(tried) < 60 * 29 / 5
+    assert search(placed, [40], arrange) is None

@@ -9,13 +9,15 @@ from tests.stream.simulated import Durations, simulate
 from tests.stream.steps import tiny_model
 
 
-def needs(model, weight_slots, dtype=torch.bfloat16, grad_dtype=torch.bfloat16, in_hbm=frozenset()):
-    return MemoryNeeds(model.layouts, dtype, grad_dtype, True, weight_slots, 0, 0, in_hbm)
+def needs(model, weight_slots, dtype=torch.bfloat16, grad_dtype=torch.bfloat16, in_hbm=frozenset(), turn_layers=0):
+    return MemoryNeeds(model.layouts, dtype, grad_dtype, True, weight_slots, 0, 0, in_hbm, turn_layers=turn_layers)
 
 
-def moved(model, weight_slots, in_hbm=frozenset()):
+def moved(model, weight_slots, in_hbm=frozenset(), turn_layers=0):
     """Bytes by (direction, what) of a step."""
-    step, _ = simulate(model, Durations(), weight_slots=weight_slots, in_hbm=in_hbm)
+    step, _ = simulate(
+        model, Durations(), weight_slots=weight_slots, in_hbm=in_hbm, num_micro_batches=2, turn_layers=turn_layers
+    )
     found = {("H2D", "weights"): 0, ("D2H", "gradient"): 0}
     for span in (*step.lane("H2D"), *step.lane("D2H")):
         found[span.lane, span.what] = found.get((span.lane, span.what), 0) + span.num_bytes
@@ -30,6 +32,15 @@ FROZEN = ("model.embed_tokens.*", "model.layers.0.*")
 def test_an_untied_models_step_moves_the_least(weight_slots, freeze):
     model = tiny_model(layers=3, freeze=freeze)
     assert moved(model, weight_slots) == least_traffic(needs(model, weight_slots))
+
+
+@pytest.mark.parametrize("weight_slots", [2, 3])
+@pytest.mark.parametrize("turn_layers", [1, 2, 3])
+@pytest.mark.parametrize("in_hbm", [frozenset(), frozenset({0, 2})], ids=["streamed", "some in HBM"])
+def test_layers_at_the_turn_go_up_once(weight_slots, turn_layers, in_hbm):
+    model = tiny_model(layers=3)
+    expected = least_traffic(needs(model, weight_slots, in_hbm=in_hbm, turn_layers=turn_layers))
+    assert moved(model, weight_slots, in_hbm, turn_layers) == expected
 
 
 @pytest.mark.parametrize("weight_slots", [2, 3])
