@@ -32,7 +32,7 @@ FLOW = (
     ("inference",),
     ("engine", "interrupts"),
     ("run_checkpoints", "sampling", "eval"),
-    ("run_log", "evaluation"),
+    ("run_log", "validation"),
     ("run_settings",),
     ("trainer", "replaying", "bench"),
     ("doctor",),
