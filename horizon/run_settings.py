@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
-from horizon.evaluation import check_eval_settings
 from horizon.models.source import ModelSource
 from horizon.optimizers import make_optimizer
 from horizon.report.trace import require_matplotlib
 from horizon.report.trackers import require_trackers
 from horizon.run_checkpoints import check_checkpoint_settings
+from horizon.validation import check_eval_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

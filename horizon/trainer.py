@@ -16,7 +16,6 @@ from horizon.config.schema import Clip, HorizonConfig
 from horizon.config.values import with_batch_size
 from horizon.data import Loader, TextData, load_run_data
 from horizon.errors import BudgetError, ConfigError
-from horizon.evaluation import Evaluation, HeldOut, check_held_out, describe_eval
 from horizon.interrupts import Interrupts
 from horizon.models.source import resolve_model
 from horizon.optim.clipping import Clipping
@@ -32,6 +31,7 @@ from horizon.run_checkpoints import Note, RunCheckpoints, Start, data_facts
 from horizon.run_log import LOG_FILE, RunLog, open_checkpoints
 from horizon.run_settings import build_engine, check_settings, with_lr, write_config
 from horizon.sampling import generate, prompt_text, sample_prompt
+from horizon.validation import Evaluation, HeldOut, check_held_out, describe_eval
 
 if TYPE_CHECKING:
     from horizon.engine import Engine

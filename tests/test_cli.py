@@ -51,6 +51,24 @@ def horizon(tmp_path):
 
 
 @pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """Runs the command in this process, which has imported already what takes it seconds."""
+
+    def run(*arguments, **env):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.chdir(tmp_path)
+            patch.setattr(gc, "disable", lambda: None)  # done for a process that ends soon
+            patch.setattr(sys, "argv", ["horizon", *arguments])
+            for name, value in env.items():
+                patch.setenv(name, value)
+            main()
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, end.value.code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
 def stubbed(tmp_path):
     """Runs the command with a trainer whose `run` is the given statement."""
     return lambda body, *arguments: start([sys.executable, "-c", STUB.format(body=body), *arguments], tmp_path)
@@ -261,8 +279,8 @@ def test_check_names_a_wrong_key(horizon):
 SHAPE = ["model=qwen2.5-7b", "train.batch_size=32", "train.seq_len=1024", "machine=h200"]
 
 
-def test_plan_prints_one_json_object_and_exits_with_0_where_it_fits(horizon):
-    done = horizon("plan", "--json", *SHAPE, "memory.device_budget=24GiB")
+def test_plan_prints_one_json_object_and_exits_with_0_where_it_fits(inside):
+    done = inside("plan", "--json", *SHAPE, "memory.device_budget=24GiB")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["fits"] and answer["model"]["parameters"] == 7_615_616_512
@@ -271,19 +289,19 @@ def test_plan_prints_one_json_object_and_exits_with_0_where_it_fits(horizon):
     assert answer["plan"]["step"]["tokens"] == 32768
 
 
-def test_plan_exits_with_1_where_it_does_not_fit_and_names_what_would(horizon):
-    done = horizon("plan", "--json", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
+def test_plan_exits_with_1_where_it_does_not_fit_and_names_what_would(inside):
+    done = inside("plan", "--json", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
     assert done.returncode == 1
     answer = json.loads(done.stdout)
     assert not answer["fits"] and answer["refusal"]["tier"] == "host" and len(answer["alternatives"]) == 3
     assert {"optim.moments": "int8"} in [other["settings"] for other in answer["alternatives"]]
-    done = horizon("plan", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
+    done = inside("plan", *SHAPE, "memory.host_budget=70GiB", "memory.device_budget=24GiB")
     assert done.returncode == 1
     assert "does not fit: needs " in done.stdout and "  optim.moments=int8 " in done.stdout
 
 
-def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(horizon, tmp_path):
-    done = horizon("plan", XDG_CACHE_HOME=str(tmp_path / "cache"))
+def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(inside, tmp_path):
+    done = inside("plan", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "(a quick measurement; horizon doctor --measure makes a better one)" in done.stdout.splitlines()[0]
     assert list(tmp_path.iterdir()) == []
@@ -300,15 +318,10 @@ def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(h
         (["model.path=nowhere"], "CheckpointError: no such folder"),
     ],
 )
-def test_what_plan_cannot_understand_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gc, "disable", lambda: None)  # done for a process that ends soon
-    monkeypatch.setattr(sys, "argv", ["horizon", "plan", *([] if arguments == ["--jsn"] else ["--json"]), *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    shown = capsys.readouterr()
-    assert (end.value.code, shown.out) == (1, "")
-    assert shown.err.startswith(f"horizon: {message}") and shown.err.count("\n") == 1
+def test_what_plan_cannot_understand_is_one_line(inside, arguments, message):
+    done = inside("plan", *([] if arguments == ["--jsn"] else ["--json"]), *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"horizon: {message}") and done.stderr.count("\n") == 1
 
 
 def test_plan_and_doctor_have_help(horizon):
@@ -316,8 +329,8 @@ def test_plan_and_doctor_have_help(horizon):
     assert "--measure" in horizon("doctor", "--help").stdout
 
 
-def test_doctor_prints_one_json_object(horizon):
-    done = horizon("doctor", "--json")
+def test_doctor_prints_one_json_object(inside):
+    done = inside("doctor", "--json")
     answer = json.loads(done.stdout)
     assert done.returncode == (0 if answer["ok"] else 1)
     assert {"name", "status", "found", "fix"} == set(answer["checks"][0])
@@ -332,17 +345,17 @@ def test_replay_explains_itself_and_refuses_what_it_does_not_know(horizon):
         assert done.stderr.startswith(f"horizon: ConfigError: replay {' '.join(arguments)}: expected base=FOLDER log=")
 
 
-def test_replay_of_what_is_not_there_is_one_line(horizon):
-    done = horizon("replay", "base=nowhere", "log=none", "out=c")
+def test_replay_of_what_is_not_there_is_one_line(inside):
+    done = inside("replay", "base=nowhere", "log=none", "out=c")
     assert done.returncode == 1
     assert done.stderr.startswith("horizon: CheckpointError: no such folder")
 
 
-def test_plan_foretells_zeroth_order_steps(horizon):
-    done = horizon("plan", "optim=mezo", "machine=h200", *SHAPE)
+def test_plan_foretells_zeroth_order_steps(inside):
+    done = inside("plan", "optim=mezo", "machine=h200", *SHAPE)
     assert done.returncode == 0, done.stderr
     assert "perturbed copies" in done.stdout and "predicted step" in done.stdout
-    refused = horizon("plan", "optim=mezo", "machine=h200", "memory.host_budget=1MiB", "--json", *SHAPE)
+    refused = inside("plan", "optim=mezo", "machine=h200", "memory.host_budget=1MiB", "--json", *SHAPE)
     assert refused.returncode == 1 and json.loads(refused.stdout)["refusal"]["tier"] == "host"
 
 

@@ -12,8 +12,8 @@ from horizon.config.compose import compose
 from horizon.config.schema import Clip, Moments
 from horizon.data import load_data
 from horizon.errors import CheckpointError
-from horizon.evaluation import HeldOut
 from horizon.trainer import Trainer
+from horizon.validation import HeldOut
 
 TINY = [
     "model.config.hidden_size=32",

@@ -70,11 +70,6 @@ class Loader:
                 self._order = self._epoch_order()
         return np.concatenate(taken)
 
-    @property
-    def epoch_rows(self) -> int:
-        """Rows of an epoch."""
-        return len(self._order)
-
     def _epoch_order(self) -> NDArray[np.int64]:
         quotas = row_quotas(self.rows)
         if quotas is None:

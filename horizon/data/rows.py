@@ -89,10 +89,6 @@ class Rows:
         digest.update(f"{self.seq_len} {self.pad_id} {self.packed}".encode())
         return digest.hexdigest()
 
-    def of_source(self, index: int) -> Rows:
-        """Only the rows of `sources[index]`."""
-        return self.select(self.source == index)
-
     def select(self, chosen: NDArray[np.bool_]) -> Rows:
         """Only the rows where `chosen` (bool [rows]) is true."""
         return self.take(np.flatnonzero(chosen))

@@ -15,7 +15,7 @@ from numba import types
 
 from horizon.optim.kernel import CACHE, _as_f32, _as_u32, _fma
 from horizon.zo import noise
-from horizon.zo.noise import GROUP, HALF, Array, Key
+from horizon.zo.noise import GROUP, HALF, Array
 from horizon.zo.table import FIRST_UPDATE, TERM, UPDATE
 
 _U32, _F32 = np.uint32, np.float32
@@ -72,17 +72,6 @@ _FP16_DROPPED, _SMALLEST_NORMAL = _U32(noise.DROPPED[torch.float16]), _F32(noise
 _FIXED_POINT = _F32(noise.FIXED_POINT)
 
 _FLOATS, _BITS = types.Array(types.float32, 1, "C"), types.Array(types.uint32, 1, "C")
-
-
-@numba.njit(
-    [types.void(_FLOATS, types.uint32, types.uint32, types.uint32)], nogil=True, error_model="numpy", cache=CACHE
-)
-def _fill(out, first_pair, k0, k1):
-    for g in range(out.size // GROUP):
-        a, b = out[g * GROUP : g * GROUP + HALF], out[g * GROUP + HALF : (g + 1) * GROUP]
-        first = _U32(first_pair + _U32(g * HALF))
-        for j in range(HALF):
-            a[j], b[j] = _normals(_U32(first + _U32(j)), k0, k1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -151,11 +140,6 @@ def _run(w, plus, minus, row, noise_at, first_pair, trained, decays, eps, droppe
                 k0, k1 = row[noise_at], row[noise_at + 1]
                 _add_noise(plus[start:middle], plus[middle:end], first, k0, k1, eps)
                 _add_noise(minus[start:middle], minus[middle:end], first, k0, k1, -eps)
-
-
-def fill_normals(out: Array, key: Key, first_pair: int = 0) -> None:
-    """Fill whole groups, fp32, with the noise of pairs `first_pair` and on."""
-    _fill(out, _U32(first_pair), _U32(key.first), _U32(key.second))
 
 
 def run_piece(

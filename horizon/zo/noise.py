@@ -148,9 +148,3 @@ def rounded(w: Array, word: Array, dtype: torch.dtype) -> Array:
     if dtype is torch.float16:
         found = np.where(np.abs(w) < _F32(SMALLEST_NORMAL), (w + _F32(FIXED_POINT)) - _F32(FIXED_POINT), found)
     return found
-
-
-def block_normals(key: Key, num_elements: int) -> Array:
-    """The noise of a block's first `num_elements` elements, whole groups, fp32."""
-    pairs = np.arange(num_elements // 2, dtype=_U32)
-    return np.stack([half.reshape(-1, HALF) for half in normals(key, pairs)], axis=1).reshape(-1)

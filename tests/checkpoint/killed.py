@@ -178,11 +178,11 @@ def commit_points():
 
 
 def commit(folder):
-    """Kill a child at each step of saving step 3, and look at what is left."""
-    for number, (what, (owner, attribute, replaced, last)) in enumerate(commit_points().items()):
-        checkpoints = folder / str(number)
+    """Kill a child at each step of saving step 3; another looks at what they have left."""
+    points = commit_points()
+    for number, (what, (owner, attribute, replaced, _)) in enumerate(points.items()):
 
-        def save(checkpoints=checkpoints, owner=owner, attribute=attribute, replaced=replaced):
+        def save(checkpoints=folder / str(number), owner=owner, attribute=attribute, replaced=replaced):
             torch.set_num_threads(1)
             runtime.measure_rates = lambda *args: RATES
             with build() as engine:
@@ -194,22 +194,26 @@ def commit(folder):
                         engine.save_checkpoint(step_folder(checkpoints, step)).wait()
                 prune(checkpoints, 1, keep_best=False)
 
-        def look(checkpoints=checkpoints, last=last):
-            remove_left_overs(checkpoints)
-            found = [step for step, _ in list_checkpoints(checkpoints)]
-            assert found[-1] == last, found
-            assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in found]
-            for step, path in list_checkpoints(checkpoints):
-                Checkpoint(path).verify()
-                with load(path) as engine:
-                    assert engine.num_steps == step
-                    engine.step(make_batch(step))
-
         status = os.waitpid(child(save), 0)[1]
         if not os.WIFSIGNALED(status):
             sys.exit(f"{what}: was not killed, status {status}")
-        check(os.waitpid(child(look), 0)[1], what)
-        print(what)
+
+    def look():
+        torch.set_num_threads(1)
+        for number, (what, (*_, last)) in enumerate(points.items()):
+            checkpoints = folder / str(number)
+            remove_left_overs(checkpoints)
+            found = [step for step, _ in list_checkpoints(checkpoints)]
+            assert found[-1] == last, (what, found)
+            assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in found], what
+            for step, path in list_checkpoints(checkpoints):
+                Checkpoint(path).verify()
+                with load(path) as engine:
+                    assert engine.num_steps == step, what
+                    engine.step(make_batch(step))
+            print(what, flush=True)
+
+    check(os.waitpid(child(look), 0)[1], "what is left")
 
 
 if __name__ == "__main__":

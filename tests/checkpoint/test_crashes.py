@@ -38,7 +38,7 @@ def test_at_each_step_of_the_commit(memory):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_at_random_instants(memory, kills):
     told = json.loads(run(memory, kills))
     assert (told["killed"], told["last"]) == (kills, 40)

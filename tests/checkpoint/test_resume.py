@@ -38,16 +38,16 @@ SETTINGS = {
 def test_it_goes_on_as_if_nothing_had_happened(settings, tmp_path):
     settings = {"optimizer": horizon.AdamW(lr=1e-2), **settings}
     with build(**settings) as engine:
-        train(engine, 1, 3)
-        save = engine.save_checkpoint(tmp_path / "saved", run={"rows": 6})
-        expected = train(engine, 4, 9)  # while it is written
+        train(engine, 1, 2)
+        save = engine.save_checkpoint(tmp_path / "saved", run={"rows": 4})
+        expected = train(engine, 3, 5)  # while it is written
         save.wait()
-        assert engine.num_steps == 9
+        assert engine.num_steps == 5
         final = states(engine)
     keywords = {key: value for key, value in settings.items() if key != "model"}
     with load(tmp_path / "saved", **keywords) as engine:
-        assert engine.num_steps == 3
-        assert train(engine, 4, 9) == expected
+        assert engine.num_steps == 2
+        assert train(engine, 3, 5) == expected
         assert equal(states(engine), final)
 
 

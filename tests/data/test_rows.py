@@ -135,7 +135,7 @@ def test_rows_of_several_sources_are_told_apart():
     assert everything(joined)["input_ids"].tolist() == [
         [1, 2, 3, 4], [5, 6, PAD, PAD], [1, 2, 3, PAD], [4, 5, 6, PAD]
     ]  # fmt: skip
-    alone = everything(joined.of_source(1))
+    alone = everything(joined.select(joined.source == 1))
     assert alone["input_ids"].tolist() == [[1, 2, 3, PAD], [4, 5, 6, PAD]]
 
 

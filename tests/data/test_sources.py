@@ -166,10 +166,14 @@ def mixture(tmp_path, chat_folder):
 def test_sources_of_a_mixture_keep_their_formats_names_and_rows_apart(mixture):
     data = load(**mixture, validation_fraction=0.25)
     assert [(source.name, source.weight) for source in data.train.sources] == [("chats.jsonl", 3), ("books", 1)]
-    assert trained(data, data.train.of_source(0)) == "yo<|im_end|>" * 3
-    assert "text" in trained(data, data.train.of_source(1)) and "yo" not in trained(data, data.train.of_source(1))
-    assert trained(data, data.validation.of_source(0)) == "yo<|im_end|>"
-    assert "ext" in trained(data, data.validation.of_source(1))
+
+    def of_source(rows, index):
+        return trained(data, rows.select(rows.source == index))
+
+    assert of_source(data.train, 0) == "yo<|im_end|>" * 3
+    assert "text" in of_source(data.train, 1) and "yo" not in of_source(data.train, 1)
+    assert of_source(data.validation, 0) == "yo<|im_end|>"
+    assert "ext" in of_source(data.validation, 1)
     assert sorted(data.validation.source[:2]) == [0, 1]  # the beginning, which a run may score alone, has both
     assert "chats.jsonl: messages in" in data.summary and "books: text in" in data.summary
 

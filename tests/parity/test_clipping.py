@@ -11,6 +11,7 @@ import horizon
 from horizon import MemoryConfig
 from horizon.optim import speculation, updater
 from horizon.optim.speculation import FLOOR, Speculation
+from tests.covering import pairwise
 from tests.parity.reference import (
     Resident,
     assert_same,
@@ -65,8 +66,7 @@ def run(model, batches, **settings):
 # ---- speculative
 
 
-@TIED
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tied", "threads"), [(False, 1), (True, 3)])
 def test_steps_that_are_not_clipped_are_the_exact_ones_bit_for_bit(tied, threads, begun, monkeypatch):
     monkeypatch.setattr(updater.Updater.__init__, "__defaults__", (512,))  # chunks: several to a parameter
     resident = Resident(deep(tied), max_grad_norm=FAR)
@@ -79,10 +79,8 @@ def test_steps_that_are_not_clipped_are_the_exact_ones_bit_for_bit(tied, threads
     assert begun == walk * 3  # the first step waits: nothing is known of how large its gradients may be
 
 
-@TIED
-@pytest.mark.parametrize("num_blocks", [1, 3, DEPTH + 2])
-@pytest.mark.parametrize("clip", ["speculative", "lagged"])
-def test_blocks_in_hbm(tied, num_blocks, clip, begun):
+@pairwise(num_blocks=[1, 3, DEPTH + 2], clip=["speculative", "lagged"], tied=[False, True])
+def test_blocks_in_hbm(num_blocks, clip, tied, begun):
     """They wait for the norm, or lag like the others; either way nothing shows of where they are."""
     found = []
     for num in (0, num_blocks):
@@ -164,7 +162,7 @@ def partial_norms(gradients):
 
 
 @TIED
-@pytest.mark.parametrize(("late", "in_hbm"), [(3, 0), (5, 0), (DEPTH + 1, 0), (DEPTH + 1, 2)])
+@pytest.mark.parametrize(("late", "in_hbm"), [(3, 0), (DEPTH + 1, 0), (DEPTH + 1, 2)])
 def test_a_step_that_is_clipped_after_all_is_corrected_and_counted(tied, late, in_hbm, begun):
     """Two quiet steps, then one whose norm passes the limit when `late` blocks have landed and the next one does."""
     batch = plain(0)

@@ -9,18 +9,17 @@ from horizon.config.schema import SimulatedCxl, Tier
 from horizon.plan.cxl import CxlTier
 from horizon.plan.topology import read_topology
 from horizon.store import numa
+from tests.covering import pairwise
 from tests.parity.reference import (
     Resident,
     assert_same,
-    assert_same_tensors,
     build,
     engine_for,
     outcome,
-    padded,
     plain,
-    prompted,
     streamed_step,
 )
+from tests.parity.undisturbed import assert_alike, steps, undisturbed
 
 STATES = 2 + 2 + 8  # bytes a parameter
 BUDGETS = {"all on cxl": "1", "moments in dram": "300KiB", "all but gradients in dram": "400KiB", "all in dram": "1GiB"}
@@ -42,19 +41,12 @@ def light(monkeypatch):
     monkeypatch.setattr(runtime, "host_overhead", lambda device: 0)
 
 
-def steps():
-    return [*([padded(seed, [12, 7]), prompted(seed + 10, trained=3)] for seed in range(3)), [plain(7)]]
-
-
 def trained(memory, **settings):
     with engine_for(model(), memory=memory, **settings) as engine:
-        done = [engine.step(batches) for batches in steps()]
-        placed = engine._runtime.needs.placed
-        return [(r.loss, r.grad_norm) for r in done], dict(engine.named_master_parameters()), placed
+        return undisturbed(engine)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("budget", "tied"), [*zip(BUDGETS, [False, True, True, False], strict=True)])
 def test_training_equals_the_resident_models(light, budget, tied):
     resident = Resident(model(tie_word_embeddings=tied))
     with engine_for(model(tie_word_embeddings=tied), memory=simulated(host=BUDGETS[budget])) as engine:
@@ -65,7 +57,8 @@ def test_training_equals_the_resident_models(light, budget, tied):
 def test_the_budgets_above_part_the_states_where_they_say(light):
     kinds = {}
     for name, host in BUDGETS.items():
-        placed = trained(simulated(host=host))[2]
+        with engine_for(model(), memory=simulated(host=host)) as engine:
+            placed = engine._runtime.needs.placed
         assert set(placed.values()) <= {Tier.cxl}
         kinds[name] = {state for state, _ in placed}
     assert kinds["all on cxl"] == {"exp_avg", "exp_avg_sq", "residual", "weights", "grads"}
@@ -74,15 +67,12 @@ def test_the_budgets_above_part_the_states_where_they_say(light):
     assert kinds["all in dram"] == set()
 
 
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("policy", ["cxl_aware", "interleave"])
+@pairwise(policy=["cxl_aware", "interleave"], clip=[0.5, None], dtype=["float32", "bfloat16"])
 def test_weights_are_those_of_dram(light, policy, clip, dtype):
-    expected, weights, _ = trained(MemoryConfig(policy="dram"), max_grad_norm=clip, compute_dtype=dtype)
+    settings = {"max_grad_norm": clip, "compute_dtype": dtype}
     host = "1GB" if policy == "interleave" else "1"
-    found, moved, _ = trained(simulated(policy, host), max_grad_norm=clip, compute_dtype=dtype)
-    assert found == expected
-    assert_same_tensors(moved, weights)
+    found = trained(simulated(policy, host), **settings)
+    assert_alike(found, trained(MemoryConfig(policy="dram"), **settings))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

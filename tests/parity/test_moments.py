@@ -13,6 +13,7 @@ from horizon.optim.adamw import AdamW, step_scalars
 from horizon.optim.moments import noise
 from horizon.plan.states import MOMENTS
 from horizon.store.split import join_master, split_master
+from tests.covering import pairwise
 from tests.parity.reference import LR, MAX_GRAD_NORM, Resident, assert_same_tensors, build, engine_for, plain
 
 NARROW = ["bfloat16", "int8"]
@@ -59,9 +60,7 @@ class PlainLoop(Resident):
         return loss, float(norm)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("moments", NARROW)
+@pairwise(moments=NARROW, tied=[False, True], threads=[1, 3])
 def test_streamed_training_equals_a_plain_loop(moments, tied, threads, monkeypatch):
     monkeypatch.setattr(updater.Updater.__init__, "__defaults__", (512,))  # chunks: several to a parameter
     model = build("qwen2", tie_word_embeddings=tied)
@@ -144,23 +143,15 @@ def test_an_unknown_format_is_refused():
         engine_for(build("llama"), optimizer=horizon.AdamW(moments="fp8"))
 
 
-@pytest.fixture(scope="module")
-def curves():
-    """Losses of 120 steps over eight sequences that a model of this size can learn by heart, for each format."""
+def test_it_learns_as_with_float32_moments():
+    """120 steps over eight sequences that a model of this size can learn by heart."""
     batches = [plain(seed, rows=4, tokens=16) for seed in range(8)]
     found = {}
     for moments in Moments:
         optimizer = AdamW(lr=3e-3, moments=moments)
         with engine_for(build("llama", hidden_size=64), optimizer=optimizer, max_grad_norm=1.0) as engine:
             found[moments] = [engine.step(batches[step % 8]).loss for step in range(120)]
-    return found
-
-
-@pytest.mark.parametrize("moments", NARROW)
-def test_it_learns_as_with_float32_moments(curves, moments):
-    def late(moments):
-        return float(np.mean(curves[moments][-8:]))
-
-    start = curves["float32"][0]
-    assert late("float32") < 0.25 * start
-    assert late(moments) == pytest.approx(late("float32"), abs=0.01 * start)
+    start, late = found["float32"][0], {moments: float(np.mean(losses[-8:])) for moments, losses in found.items()}
+    assert late["float32"] < 0.25 * start
+    for moments in NARROW:
+        assert late[moments] == pytest.approx(late["float32"], abs=0.01 * start), moments

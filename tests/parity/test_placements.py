@@ -9,6 +9,7 @@ import torch
 from horizon import MemoryConfig
 from horizon.errors import NonFiniteError
 from horizon.optim import updater
+from tests.covering import pairwise
 from tests.parity.reference import (
     Resident,
     assert_same,
@@ -16,17 +17,15 @@ from tests.parity.reference import (
     build,
     engine_for,
     outcome,
-    padded,
     plain,
-    prompted,
     streamed_step,
 )
+from tests.parity.undisturbed import DEPTH, assert_alike, deep, steps, undisturbed
 
-DEPTH = 4
 ALL = DEPTH + 2
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-PLACED = pytest.mark.parametrize("num_blocks", [1, 2, ALL - 1, ALL])
-SOME = pytest.mark.parametrize("num_blocks", [2, ALL])
+CLIP = [0.5, None]  # gradients are kept, or go through a ring
+DTYPE = ["float32", "bfloat16"]
 FREEZE = {
     "embedding": ["model.embed_tokens.*"],
     "a middle layer": ["model.layers.2.*"],
@@ -36,36 +35,21 @@ FREEZE = {
 }
 
 
-def deep(tied, **changes):
-    return build("llama", num_hidden_layers=DEPTH, tie_word_embeddings=tied, **changes)
-
-
 def in_hbm(num_blocks, **settings):
     return MemoryConfig(policy="hbm_first", hbm_blocks=num_blocks, **settings)
 
 
-def steps():
-    """Three steps of two micro-batches, and one of a single one."""
-    return [*([padded(seed, [12, 7]), prompted(seed + 10, trained=3)] for seed in range(3)), [plain(7)]]
-
-
-def undisturbed(model, num_blocks, memory=None, **settings):
-    """Losses, norms and weights of steps that follow each other at once."""
+def trained(model, num_blocks, memory=None, **settings):
     with engine_for(model, memory=memory or in_hbm(num_blocks), **settings) as engine:
         assert len(engine._runtime.store.in_hbm) == num_blocks
-        done = [engine.step(batches) for batches in steps()]
-        return [(r.loss, r.grad_norm) for r in done], dict(engine.named_master_parameters())
+        return undisturbed(engine)
 
 
-def assert_nothing_changes(model, num_blocks, **settings):
-    expected, weights = undisturbed(model, 0, **settings)
-    found, moved_weights = undisturbed(model, num_blocks, **settings)
-    assert found == expected
-    assert_same_tensors(moved_weights, weights)
+def assert_nothing_changes(model, num_blocks, memory=None, **settings):
+    assert_alike(trained(model, num_blocks, memory, **settings), trained(model, 0, **settings))
 
 
-@TIED
-@PLACED
+@pytest.mark.parametrize(("tied", "num_blocks"), [(False, 1), (True, 2), (True, ALL - 1), (False, ALL)])
 def test_training_equals_the_resident_models(tied, num_blocks):
     resident = Resident(deep(tied))
     with engine_for(deep(tied), memory=in_hbm(num_blocks)) as engine:
@@ -73,33 +57,27 @@ def test_training_equals_the_resident_models(tied, num_blocks):
             assert_same(streamed_step(engine, batches), resident.step(batches))
 
 
-@TIED
-@PLACED
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pairwise(num_blocks=[1, 2, ALL - 1, ALL], tied=[False, True], clip=CLIP, dtype=DTYPE)
 def test_weights_are_those_that_the_host_would_hold(tied, num_blocks, clip, dtype):
     assert_nothing_changes(deep(tied), num_blocks, max_grad_norm=clip, compute_dtype=dtype)
 
 
-@TIED
-@SOME
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "settings",
-    [{"recompute": "none"}, {"recompute": "selective", "weight_slots": 1}, {"weight_slots": 3, "update_threads": 1}],
+@pairwise(
+    settings=[
+        {"recompute": "none"},
+        {"recompute": "selective", "weight_slots": 1},
+        {"weight_slots": 3, "update_threads": 1},
+    ],
+    num_blocks=[2, ALL],
+    tied=[False, True],
+    dtype=DTYPE,
     ids=str,
 )
-def test_beside_other_settings_of_memory(tied, num_blocks, dtype, settings):
-    expected, weights = undisturbed(deep(tied), 0, compute_dtype=dtype)
-    memory = in_hbm(num_blocks, **settings)
-    found, moved_weights = undisturbed(deep(tied), num_blocks, memory, compute_dtype=dtype)
-    assert found == expected
-    assert_same_tensors(moved_weights, weights)
+def test_beside_other_settings_of_memory(settings, num_blocks, tied, dtype):
+    assert_nothing_changes(deep(tied), num_blocks, in_hbm(num_blocks, **settings), compute_dtype=dtype)
 
 
-@SOME
-@pytest.mark.parametrize("what", FREEZE)
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
+@pairwise(what=FREEZE, num_blocks=[2, ALL], clip=CLIP)
 def test_frozen_blocks_on_either_tier(what, num_blocks, clip):
     tied = what == "norms"
     assert_nothing_changes(deep(tied), num_blocks, max_grad_norm=clip, freeze=FREEZE[what])
@@ -116,9 +94,7 @@ def test_other_architectures(family):
 # ---- accumulation
 
 
-@TIED
-@SOME
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pairwise(tied=[False, True], num_blocks=[2, ALL], dtype=DTYPE)
 def test_accumulated_gradients(tied, num_blocks, dtype):
     outcomes = []
     for num in (0, num_blocks):
@@ -136,9 +112,7 @@ def test_accumulated_gradients(tied, num_blocks, dtype):
 # ---- what is not a step
 
 
-@TIED
-@SOME
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pairwise(tied=[False, True], num_blocks=[2, ALL], dtype=DTYPE)
 def test_evaluation_and_export_see_the_updated_weights(tied, num_blocks, dtype, tmp_path):
     found = []
     for num in (0, num_blocks):
@@ -155,8 +129,7 @@ def test_evaluation_and_export_see_the_updated_weights(tied, num_blocks, dtype, 
     assert (tmp_path / "0" / name).read_bytes() == (tmp_path / str(num_blocks) / name).read_bytes()
 
 
-@SOME
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
+@pairwise(num_blocks=[2, ALL], clip=CLIP)
 def test_a_step_that_is_not_finite_moves_nothing(num_blocks, clip):
     def broken(logits, batch):
         return logits.sum() * float("nan")
@@ -199,8 +172,7 @@ def test_blocks_move_to_hbm_as_far_as_activations_leave_room(tied, policy):
             assert_same(streamed_step(engine, [plain(seed)]), resident.step([plain(seed)]))
 
 
-@TIED
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
+@pairwise(tied=[False, True], clip=CLIP)
 def test_a_larger_batch_sends_blocks_back_to_the_host(tied, clip):
     memory = MemoryConfig(policy="hbm_first", device_budget=f"{needed(tied, 3, tokens=24, max_grad_norm=clip)}B")
     batches = [plain(0), plain(1, rows=9), plain(2), plain(3, rows=9)]
@@ -219,8 +191,7 @@ def test_a_larger_batch_sends_blocks_back_to_the_host(tied, clip):
         assert_same_tensors(dict(engine.named_master_parameters()), weights)
 
 
-@TIED
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
+@pairwise(tied=[False, True], clip=CLIP)
 def test_blocks_do_not_move_while_their_update_is_under_way(tied, clip, monkeypatch):
     update = updater.load_update()
 
@@ -228,7 +199,7 @@ def test_blocks_do_not_move_while_their_update_is_under_way(tied, clip, monkeypa
         time.sleep(0.01)
         update(*arguments)
 
-    expected, weights = undisturbed(deep(tied), 0, max_grad_norm=clip)
+    expected, weights = trained(deep(tied), 0, max_grad_norm=clip)
     monkeypatch.setattr(updater, "load_update", lambda *_: slow)
     with engine_for(deep(tied), memory=MemoryConfig(policy="hbm_first"), max_grad_norm=clip) as engine:
         runtime, found = engine._runtime, []

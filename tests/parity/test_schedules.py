@@ -9,6 +9,7 @@ import torch
 from horizon import MemoryConfig
 from horizon.errors import HorizonError
 from horizon.optim import updater
+from tests.covering import pairwise
 from tests.parity.reference import (
     Resident,
     assert_close_tensors,
@@ -24,7 +25,7 @@ from tests.parity.reference import (
     streamed_step,
 )
 
-DEPTH = 6
+DEPTH = 4
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
@@ -55,14 +56,12 @@ def check(resident, tied, **settings):
 # ---- memory, slots, threads
 
 
-@TIED
-@pytest.mark.parametrize("slots", [1, 2, 3, DEPTH + 4])
-def test_weight_slots(resident, tied, slots):
+@pytest.mark.parametrize(("slots", "tied"), [(1, True), (2, False), (3, True), (DEPTH + 4, False), (1, False)])
+def test_weight_slots(resident, slots, tied):
     check(resident, tied, memory=MemoryConfig(weight_slots=slots))
 
 
-@TIED
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tied", "threads"), [(False, 1), (False, 3), (True, 3)])
 def test_update_threads(resident, tied, threads, monkeypatch):
     monkeypatch.setattr(updater.Updater.__init__, "__defaults__", (512,))  # chunks: several to a parameter
     check(resident, tied, memory=MemoryConfig(update_threads=threads))
@@ -112,10 +111,9 @@ def offloading(tied, tokens, layers_on_device, **settings):
         assert engine.plan.num_bytes("device") <= budget
 
 
-@TIED
-@pytest.mark.parametrize("on_device", [0, 1, DEPTH - 1])
-@pytest.mark.parametrize("tokens", [12, 60, 100], ids=["one buffer", "several", "more than all"])
-def test_boundaries_on_the_host(tied, on_device, tokens):
+@pairwise(on_device=[0, 1, DEPTH - 1], tokens=[12, 60, 100], tied=[False, True])
+def test_boundaries_on_the_host(on_device, tokens, tied):
+    """Those of a block take the room of one gradient buffer, of several, of more than all."""
     batches = [[plain(seed, tokens=tokens), plain(seed + 10, rows=1, tokens=tokens)] for seed in range(2)]
     model = Resident(deep(tied))
     with offloading(tied, 3 * tokens, on_device) as engine:

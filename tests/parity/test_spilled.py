@@ -1,8 +1,6 @@
 """Gradients and activations that wait on nvme never change a bit, however slow the disk and however small the ring."""
 
 import os
-import random
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,21 +12,20 @@ from horizon.plan.disk import BOUNDARY_BUFFERS
 from horizon.plan.traffic import least_traffic
 from horizon.store import disk, gradients, nvme, offload
 from horizon.stream.passes import Passes
+from tests.covering import pairwise
 from tests.parity.reference import (
     LR,
     Resident,
     assert_same,
     assert_same_tensors,
-    build,
     engine_for,
     outcome,
-    padded,
     plain,
-    prompted,
     streamed_step,
 )
+from tests.parity.undisturbed import DEPTH, SlowFile, assert_alike, deep, steps, undisturbed
 
-DEPTH, HIDDEN, TOKENS = 4, 32, 48  # of two micro-batches of two rows
+HIDDEN, TOKENS = 32, 48  # of two micro-batches of two rows
 GRADS = TierRule(state="grads", tier=Tier.nvme)
 ACTIVATIONS = TierRule(state="activations", tier=Tier.nvme)
 POLICIES = {
@@ -38,21 +35,7 @@ POLICIES = {
     "both": {"rules": [GRADS, ACTIVATIONS]},
     "all": {"policy": "nvme_all"},
 }
-ENGINES = pytest.mark.parametrize("engine", ["direct", "tensorstore"])
-TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-
-
-@pytest.fixture
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("nvme"))
-
-
-def deep(tied):
-    return build("llama", num_hidden_layers=DEPTH, tie_word_embeddings=tied)
-
-
-def steps():
-    return [*([padded(seed, [12, 7]), prompted(seed + 10, trained=3)] for seed in range(3)), [plain(7)]]
+ENGINES, DTYPE = ["direct", "tensorstore"], ["float32", "bfloat16"]
 
 
 @contextmanager
@@ -70,30 +53,14 @@ def on_nvme(folder, policy, **settings):
     return {"nvme_dir": folder, **POLICIES[policy], **settings}
 
 
-def trained(tied, policy, **settings):
-    """Losses, norms and weights of steps that follow each other at once."""
-    with offloading(tied, policy, **settings) as engine:
-        done = [engine.step(batches) for batches in steps()]
-        return [(r.loss, r.grad_norm) for r in done], dict(engine.named_master_parameters())
-
-
 def assert_nothing_changes(tied, policy, **settings):
-    expected, weights = trained(tied, {}, **settings)
-    found, others = trained(tied, policy, **settings)
-    assert found == expected
-    assert_same_tensors(others, weights)
+    with offloading(tied, {}, **settings) as engine:
+        expected = undisturbed(engine)
+    with offloading(tied, policy, **settings) as engine:
+        assert_alike(undisturbed(engine), expected)
 
 
-CROSS = [
-    (policy, engine, dtype, tied)
-    for policy in POLICIES
-    for engine in ("direct", "tensorstore")
-    for dtype in ("float32", "bfloat16")
-    for tied in (False, True)
-]
-
-
-@pytest.mark.parametrize(("policy", "engine", "dtype", "tied"), random.Random(0).sample(CROSS, 20))
+@pairwise(policy=POLICIES, engine=ENGINES, dtype=DTYPE, tied=[False, True])
 def test_weights_are_those_that_dram_would_give(policy, engine, dtype, tied, folder):
     assert_nothing_changes(tied, on_nvme(folder, policy, nvme_engine=engine), compute_dtype=dtype)
 
@@ -104,8 +71,7 @@ def test_beside_a_ring_of_gradients(policy, clip, folder):
     assert_nothing_changes(True, on_nvme(folder, policy), **clip)
 
 
-@pytest.mark.parametrize("policy", ["both", "all"])
-@TIED
+@pytest.mark.parametrize(("policy", "tied"), [("both", False), ("all", True)])
 def test_training_equals_the_resident_models(policy, tied, folder):
     """Gradients by name, read while they are on disk, too."""
     resident = Resident(deep(tied))
@@ -114,8 +80,11 @@ def test_training_equals_the_resident_models(policy, tied, folder):
             assert_same(streamed_step(engine, batches), resident.step(batches))
 
 
-@pytest.mark.parametrize("freeze", [["model.embed_tokens.*", "model.layers.[01].*"], ["lm_head.*", "*norm*"]], ids=str)
-@pytest.mark.parametrize("policy", ["some gradients", "both"])
+@pairwise(
+    freeze=[["model.embed_tokens.*", "model.layers.[01].*"], ["lm_head.*", "*norm*"]],
+    policy=["some gradients", "both"],
+    ids=str,
+)
 def test_beside_frozen_parameters(freeze, policy, folder):
     assert_nothing_changes(False, on_nvme(folder, policy), freeze=freeze)
 
@@ -123,10 +92,7 @@ def test_beside_frozen_parameters(freeze, policy, folder):
 # ---- several backwards
 
 
-@TIED
-@ENGINES
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("policy", ["both", "some gradients"])
+@pairwise(policy=["both", "some gradients"], tied=[False, True], engine=ENGINES, dtype=DTYPE)
 def test_sums_of_several_backwards(policy, tied, engine, dtype, folder):
     found = []
     for memory in ({}, on_nvme(folder, policy, nvme_engine=engine)):
@@ -161,24 +127,9 @@ def test_gradients_that_were_no_sums_before_wait_on_disk_from_the_first_accumula
 # ---- slow disks and small rings
 
 
-class SlowFile(disk.DirectFile):
-    """Delays every move, differently each time."""
-
-    delays = random.Random(1)
-
-    def read(self, place, offset, into):
-        time.sleep(self.delays.random() * 0.003)
-        super().read(place, offset, into)
-
-    def write(self, place, offset, data):
-        time.sleep(self.delays.random() * 0.003)
-        super().write(place, offset, data)
-
-
-@pytest.mark.parametrize("policy", ["both", "all"])
-@pytest.mark.parametrize(("tied", "ring"), [(False, 1), (True, 2), (True, 3)])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_with_delays_and_little_staging(policy, tied, ring, threads, folder, monkeypatch):
+@pairwise(policy=["both", "all"], tied_ring=[(False, 1), (True, 2), (True, 3)], threads=[1, 3])
+def test_with_delays_and_little_staging(policy, tied_ring, threads, folder, monkeypatch):
+    tied, ring = tied_ring
     monkeypatch.setattr(nvme, "DirectFile", SlowFile)
     monkeypatch.setattr(gradients, "RING_BUFFERS", ring)
     monkeypatch.setattr(offload, "BOUNDARY_BUFFERS", ring)

@@ -12,6 +12,7 @@ from horizon.store import arena, offload
 from horizon.store.arena import Arena
 from horizon.store.host import HostStore
 from horizon.store.offload import OffloadSpace, cut
+from tests.covering import pairwise
 from tests.parity.reference import LR, assert_same_tensors, build, engine_for, plain
 
 
@@ -83,9 +84,7 @@ def test_what_cannot_be_registered_is_staged(cuda, limit, staged, caplog):
     assert registrations.held == {}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("clip", [0.5, None], ids=["kept", "ring"])
-@pytest.mark.parametrize("limit", [0, 30_000, 60_000, 1 << 40])
+@pairwise(limit=[0, 30_000, 60_000, 1 << 40], clip=[0.5, None], dtype=["float32", "bfloat16"])
 def test_training_is_the_same_whatever_can_be_registered(cuda, monkeypatch, dtype, clip, limit, tmp_path):
     """On CPU, with pinning asked for as on a GPU."""
     registrations = cuda(limit)

@@ -31,13 +31,19 @@ def sequential_noise(model, seed: int = 0) -> Noise:
     return draw
 
 
+def block_normals(key: noise.Key, num_elements: int) -> np.ndarray:
+    """The noise of a block's first `num_elements` elements, whole groups, fp32."""
+    pairs = np.arange(num_elements // 2, dtype=np.uint32)
+    return np.stack([half.reshape(-1, noise.HALF) for half in noise.normals(key, pairs)], axis=1).reshape(-1)
+
+
 def counter_noise(layouts, seed: int) -> Noise:
     """Horizon's noise, by parameter."""
 
     def draw(step: int, query: int) -> dict[str, Tensor]:
         found = {}
         for layout in layouts:
-            flat = noise.block_normals(noise.noise_key(seed, step, query, layout.index), layout.num_trainable)
+            flat = block_normals(noise.noise_key(seed, step, query, layout.index), layout.num_trainable)
             for p in layout.trainable:
                 found[p.name] = torch.from_numpy(flat[p.offset : p.end].copy()).view(p.spec.shape)
         return found

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from horizon.config.compose import compose
 from horizon.errors import CheckpointError, ConfigError
 from horizon.trainer import Trainer
 from tests.parity.reference import assert_same_tensors, build
+from tests.runs import killed_after, rows_of, write_texts
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -25,16 +27,13 @@ SAME = ("step", "epoch", "loss", "lr", "num_tokens", "num_trained_tokens", "skip
 def words(tmp_path_factory):
     """The settings of a run that goes through its data more than once."""
     folder = tmp_path_factory.mktemp("mezo")
-    (folder / "texts").mkdir()
-    for number in range(6):
-        (folder / f"texts/{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog. " * 5)
     build("llama", tie_word_embeddings=True, vocab_size=264).save_pretrained(folder / "base")
     return [
         "optim=mezo", "model=hf", f"model.path={folder / 'base'}", "model.self_check=false", "data=text",
-        f"data.path={folder / 'texts'}", "data.tokenizer=bytes", f"train.steps={STEPS}", "train.batch_size=7",
-        "train.micro_batch=3", "train.seq_len=32", "eval.rows=3", "train.sample_tokens=2", "optim.lr=1e-3",
-        "optim.schedule=linear", "optim.warmup_steps=2", "optim.weight_decay=0.1", "device=cpu", "zo.master=bf16",
-        "zo.queries=2", "zo.writeback_every=3", "zo.momentum=0.5", "zo.momentum_steps=3", "seed=3",
+        f"data.path={write_texts(folder / 'texts')}", "data.tokenizer=bytes", f"train.steps={STEPS}",
+        "train.batch_size=7", "train.micro_batch=3", "train.seq_len=32", "eval.rows=3", "train.sample_tokens=2",
+        "optim.lr=1e-3", "optim.schedule=linear", "optim.warmup_steps=2", "optim.weight_decay=0.1", "device=cpu",
+        "zo.master=bf16", "zo.queries=2", "zo.writeback_every=3", "zo.momentum=0.5", "zo.momentum_steps=3", "seed=3",
     ]  # fmt: skip
 
 
@@ -52,33 +51,16 @@ def whole(settings, tmp_path_factory):
     return out
 
 
-def rows_of(folder, file="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
-
-
 def assert_same_run(folder, whole):
     assert [[row[key] for key in SAME] for row in rows_of(folder)] == [[r[key] for key in SAME] for r in rows_of(whole)]
     assert rows_of(folder, "replay.jsonl") == rows_of(whole, "replay.jsonl")
     assert_same_tensors(*(load_file(run / "model/model.safetensors") for run in (folder, whole)))
 
 
-def stop_after(patch, after, error):
-    step = Trainer._step
-
-    def stopping(trainer, engine, loader):
-        if trainer.step == after:
-            raise error
-        return step(trainer, engine, loader)
-
-    patch.setattr(Trainer, "_step", stopping)
-
-
 @pytest.mark.parametrize("stop", [0, 1, 4, STEPS - 1])
 def test_a_run_that_was_stopped_goes_on_from_its_log(settings, whole, tmp_path, stop):
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, stop, SystemError("killed"))
-        with pytest.raises(SystemError):
-            Trainer(settings(), tmp_path).run()
+    with killed_after(stop):
+        Trainer(settings(), tmp_path).run()
     assert [row["step"] for row in rows_of(tmp_path, "replay.jsonl")[1:]] == [*range(1, stop + 1)]
     summary = Trainer(settings("resume=auto"), tmp_path).run()
     assert_same_run(tmp_path, whole)
@@ -122,12 +104,8 @@ def test_a_skipped_step_has_no_line_but_took_its_rows(settings, tmp_path):
         calls.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ForwardExecutor, "losses", broken_third)
-            if stop is None:
+            with nullcontext() if stop is None else killed_after(stop):
                 Trainer(settings(*more), tmp_path / name).run()
-            else:
-                stop_after(patch, stop, SystemError("killed"))
-                with pytest.raises(SystemError):
-                    Trainer(settings(*more), tmp_path / name).run()
     Trainer(settings(*more, "resume=auto"), tmp_path / "stopped").run()
     assert [row["skipped"] for row in rows_of(tmp_path / "whole")] == [False, False, True] + [False] * (STEPS - 3)
     assert [row["run"]["step"] for row in rows_of(tmp_path / "whole", "replay.jsonl")] == [
@@ -232,7 +210,7 @@ def test_a_run_that_is_killed_at_random_instants_goes_on_each_time(words, tmp_pa
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), "3", *words]
-    more = ["train.steps=60", "train.batch_size=2", "train.micro_batch=2", "eval.rows=0", "train.sample_tokens=0"]
+    more = ["train.steps=30", "train.batch_size=2", "train.micro_batch=2", "eval.rows=0", "train.sample_tokens=0"]
     done = subprocess.run([*command, *more], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 kills")

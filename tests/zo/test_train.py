@@ -1,21 +1,16 @@
 """`horizon train optim=mezo` and `horizon replay`, from settings to files."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from horizon.cli import _dispatch
 from horizon.config.compose import compose
 from horizon.errors import ConfigError
 from horizon.optimizers import make_optimizer
 from horizon.trainer import Trainer, with_lr
 from tests.parity.reference import assert_same_tensors, build
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +51,12 @@ def test_the_log_has_what_the_metrics_have(trained):
     ]
 
 
-def test_the_command_rebuilds_the_model_from_the_log(trained, tmp_path):
+def test_the_command_rebuilds_the_model_from_the_log(trained, tmp_path, capsys):
     base, out, _ = trained
-    done = subprocess.run(
-        [sys.executable, "-m", "horizon", "replay", f"base={base}", f"log={out / 'replay.jsonl'}",
-         f"out={tmp_path / 'again'}", "device=cpu"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=100,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("replayed 9 steps of")
-    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", out / "model"))
+    again = tmp_path / "again"
+    assert _dispatch(["replay", f"base={base}", f"log={out / 'replay.jsonl'}", f"out={again}", "device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("replayed 9 steps of")
+    found, expected = (load_file(folder / "model.safetensors") for folder in (again, out / "model"))
     assert_same_tensors(found, expected)
     assert any((found[name] != value).any() for name, value in load_file(base / "model.safetensors").items())
 

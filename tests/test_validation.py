@@ -16,7 +16,9 @@ from horizon.data.pieces import cut
 from horizon.data.rows import Source, pad
 from horizon.errors import ConfigError, DataError
 from horizon.eval.metrics import Tally
-from horizon.evaluation import (
+from horizon.run_settings import check_settings
+from horizon.stream.head import TokenScores
+from horizon.validation import (
     Evaluation,
     HeldOut,
     Patience,
@@ -25,8 +27,6 @@ from horizon.evaluation import (
     describe_eval,
     score_of,
 )
-from horizon.run_settings import check_settings
-from horizon.stream.head import TokenScores
 
 
 def rows(num, sources=None):
