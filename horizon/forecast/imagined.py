@@ -153,7 +153,7 @@ class Forecaster:
             estimator.working_set, self._streams, not on_gpu, config.memory.recompute, token_bytes
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
-        disk = self.target.disk(config.memory) if needs.on_nvme else None
+        disk = self.target.disk(config.memory) if needs.uses_disk else None
         rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs), disk=disk)
         return activations, Predictor(estimator.step_times, rates, token_bytes)
 
