@@ -113,16 +113,10 @@ def step_cost(
     loaded = loaded_states(needs.states, needs.compute_dtype)
     element = sum(state.dtype.itemsize for state in loaded)
     paging = _Paging.of(needs, rates.disk) if rates.disk and (needs.on_nvme or needs.grads_on_nvme) else None
-    to_disk = rates.disk if plan.on_nvme else None
-    boundaries = [align_up(num * token_bytes, DISK_BLOCK) for num in tokens] if to_disk else []
+    write_s, read_s = _boundaries_s([num * token_bytes for num in tokens], rates.disk if plan.on_nvme else None)
 
     def block(layout: BlockLayout) -> BlockCost:
-        if layout.index == 0:
-            passes = times.embedding
-        elif layout.index == head:
-            passes = PassTimes(0.0, times.head_s)
-        else:
-            passes = times.layers[layer_kind(layout, first, plan)]
+        passes = _passes(layout, first, head, plan, times)
         at_home = layout.index in in_hbm
         num_gradients = sum(math.prod(shape) for _, _, shape in layout.grad_ranges())
         shared = [b for b in layout.borrowed if b.param.spec.trainable]
@@ -151,8 +145,8 @@ def step_cost(
         weight_slots=needs.weight_slots,
         save_s=tuple(num * token_bytes / rates.down_bytes_per_s for num in tokens),
         return_s=tuple(num * token_bytes / rates.up_bytes_per_s for num in tokens),
-        write_s=tuple(num_bytes / to_disk.write for num_bytes in boundaries) if to_disk else (),
-        read_s=tuple(num_bytes / to_disk.read for num_bytes in boundaries) if to_disk else (),
+        write_s=write_s,
+        read_s=read_s,
         as_landed=as_landed,
         hbm_as_landed=not needs.keeps_gradients,
         ring=None if needs.keeps_gradients else RING_BUFFERS,
@@ -160,6 +154,23 @@ def step_cost(
         host_s=HOST_S,
         overlaps=rates.overlaps,
     )
+
+
+def _passes(layout: BlockLayout, first: int, head: int, plan: ActivationPlan, times: StepTimes) -> PassTimes:
+    """Of the block; the head's forward is part of its backward."""
+    if layout.index == 0:
+        return times.embedding
+    if layout.index == head:
+        return PassTimes(0.0, times.head_s)
+    return times.layers[layer_kind(layout, first, plan)]
+
+
+def _boundaries_s(sizes: Sequence[int], disk: DiskRates | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of boundaries of these bytes, to disk and back; empty where they stay in memory."""
+    if disk is None:
+        return (), ()
+    whole = [align_up(num_bytes, DISK_BLOCK) for num_bytes in sizes]
+    return tuple(size / disk.write for size in whole), tuple(size / disk.read for size in whole)
 
 
 @dataclass(frozen=True, slots=True)
