@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from horizon.checkpoint.restore import check_weights
 from horizon.config.schema import Clip, ComputeDtype, Kernels, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
+from horizon.forecast.here import measured_threads
 from horizon.frozen import FrozenRuntime, build_frozen
 from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
@@ -73,6 +75,8 @@ def build_parts(
             kernels=kernel_kind,
         )  # fmt: skip
     else:
+        if memory.update_threads is None:
+            memory = dataclasses.replace(memory, update_threads=measured_threads())
         runtime = build_runtime(
             skeleton, weights, optimizer=optimizer, memory=memory, device=device, compute_dtype=dtype, seed=seed,
             kernels=kernel_kind, freeze=frozen, clipping=clipping,

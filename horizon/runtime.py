@@ -21,7 +21,7 @@ from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.manifest import Manifest
 from horizon.checkpoint.saves import Save, Saves
-from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, Recompute
+from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, NvmeEngine, Recompute
 from horizon.config.values import choice
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
@@ -56,6 +56,7 @@ from horizon.store.gradients import GradientBuffers, make_buffers
 from horizon.store.host import HostStore
 from horizon.store.nvme import NvmeFolder
 from horizon.store.offload import OffloadFile
+from horizon.store.speed import SAMPLE, probe_disk
 from horizon.stream.activations import Activations
 from horizon.stream.batch import MicroBatch
 from horizon.stream.executor import Executor, ExecutorSettings
@@ -89,7 +90,11 @@ class Runtime:
             release.callback(self.store.close)
             needs = self.needs = replace(needs, pageable=self.store.pageable)
             self.plan = plan_memory(needs, plan.limits)  # with staging for what CUDA refused, which nobody knew before
-            rates = replace(rates, disk=self.store.measure_disk())
+            disk = self.store.measure_disk()
+            if disk is None and needs.uses_disk:  # for gradients or activations alone
+                size = min(SAMPLE, plan.limits.nvme)
+                disk = probe_disk(memory.nvme_dir or "", NvmeEngine(memory.nvme_engine), size)
+            rates = replace(rates, disk=disk)
             self.streams = Streams.on(device)
             self.store.observe_disk(self.streams.timeline.disk)
             self._nvme = NvmeFolder(memory.nvme_dir or "", memory.nvme_engine, self.streams.timeline.disk)

@@ -300,11 +300,12 @@ def test_plan_exits_with_1_where_it_does_not_fit_and_names_what_would(inside):
     assert "does not fit: needs " in done.stdout and "  optim.moments=int8 " in done.stdout
 
 
-def test_plan_of_this_machine_says_where_its_facts_are_from_and_writes_nothing(inside, tmp_path):
+def test_plan_of_this_machine_says_where_its_facts_are_from_and_keeps_the_shape_alone(inside, tmp_path):
     done = inside("plan", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "(a quick measurement; horizon doctor --measure makes a better one)" in done.stdout.splitlines()[0]
-    assert list(tmp_path.iterdir()) == []
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert kept.parent == tmp_path / "cache" / "horizon" / "shapes"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ USAGE = """\
 usage: horizon plan [--json] [machine=FILE] [key=value ...]
 
 What `horizon train` with the same settings would use and how long a step would take, on this machine or on one that a
-file describes. Reads no weights and allocates nothing. Exit code 1 where it does not fit.
+file describes. Reads no weights, allocates nothing, and keeps the shape of the model in the cache folder, which makes
+the next plan quicker. Exit code 1 where it does not fit.
 
   --json         print one JSON object and nothing else
   machine=FILE   a machine file, or one that Horizon brings along: {machines}

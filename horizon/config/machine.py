@@ -47,4 +47,5 @@ class MachineFile:
     host: HostFile
     device: DeviceFile | None = None  # None: no GPU
     updates_g_s: dict[str, float] = field(default_factory=dict)  # 10^9 parameters a second, by optim.moments
+    updates_by_threads_g_s: dict[int, float] = field(default_factory=dict)  # the same with fp32 moments, by threads
     tiers: dict[str, TierFile] = field(default_factory=dict)  # by name: cxl, nvme

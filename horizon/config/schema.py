@@ -272,10 +272,8 @@ class MemoryConfig:
     cxl_simulated: SimulatedCxl = field(default_factory=SimulatedCxl)
     hbm_blocks: int | None = None  # so many blocks in device memory; null: the policy decides
     weight_slots: int | None = None  # device buffers that blocks stream through; null: 2, or 3 where steps gain by it
-    turn_layers: int | None = (
-        None  # the last so many are passed micro-batch by micro-batch; null: where steps gain by it
-    )
-    update_threads: int | None = None  # host threads of the optimizer; null: all cores but one
+    turn_layers: int | None = None  # the last so many, passed micro-batch by micro-batch; null: where steps gain by it
+    update_threads: int | None = None  # host threads of the optimizer; null: as measured, else all cores but one
 
 
 @dataclass(kw_only=True, slots=True)

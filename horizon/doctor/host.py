@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from horizon.doctor.finding import Finding, ok, warn
+from horizon.forecast.here import measured_threads
 from horizon.optim.threads import available_cores, default_num_threads
+from horizon.plan.facts import AS_FAST
 from horizon.plan.machine import available_host_bytes, host_memory_bytes
 from horizon.units import GIB, format_bytes
 
@@ -37,7 +39,10 @@ def check_memory() -> Finding:
 def check_cores() -> Finding:
     """Cores that this process is allowed."""
     cores = available_cores()
-    found = f"{cores} cores, {default_num_threads()} of them for the optimizer"
+    threads, why = measured_threads(), f"as fast as any, within {AS_FAST:.0%}"
+    if threads is None:
+        threads, why = default_num_threads(), "all but one; horizon doctor --measure may find fewer as fast"
+    found = f"{cores} cores, {threads} of them for the optimizer ({why})"
     if cores < 4:
         return warn("cores", found, "allow the process more cores: the optimizer's update runs on them")
     return ok("cores", found)

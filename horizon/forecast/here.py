@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 
 from horizon import __version__
-from horizon.config.compose import dump_machine, load_machine
 from horizon.config.machine import DeviceFile, HostFile, MachineFile, TierFile
 from horizon.config.schema import Moments, NvmeEngine
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.kept import kept_folder, key_of, write_kept
 from horizon.optim.adamw import AdamW
-from horizon.optim.rate import PARAMETERS, measure_update_rate
+from horizon.optim.rate import PARAMETERS, measure_update_rate, update_rates
 from horizon.optim.threads import available_cores, default_num_threads
-from horizon.plan.facts import MachineFacts, read_facts
+from horizon.plan.facts import MachineFacts, fewest_threads, read_facts
 from horizon.plan.machine import host_memory_bytes
 from horizon.store.speed import probe_disk
 from horizon.stream.streams import Streams
@@ -35,6 +34,8 @@ from horizon.units import GIB, MIB
 logger = logging.getLogger(__name__)
 
 SWEPT = 64 * MIB  # elements of fp32 that one sweep over host memory adds: more than a cache holds
+PARTS = 4  # numbers of threads that updates are measured with
+BY_THREADS = 32 << 20  # parameters of these updates at most: more than a cache holds, and done within seconds
 QUICK_S, FULL_S = 0.3, 5.0  # that products run for; a GPU's clocks fall within the longer
 
 
@@ -64,11 +65,19 @@ def this_machine() -> MachineFacts:
     )
 
 
+def measured_threads() -> int | None:
+    """Threads that the optimizer is to have by what was measured and kept; None: nothing was."""
+    kept = read_kept(cache_file())
+    return kept.update_threads if kept is not None and kept.updates_by_threads else None
+
+
 def read_kept(path: Path) -> MachineFacts | None:
     """What the file says, or None where there is none or it is damaged, which the log then says."""
     if not path.exists():
         return None
     try:
+        from horizon.config.compose import load_machine  # here: it loads Hydra, which engines do without
+
         return read_facts(load_machine(str(path)), str(path))
     except ConfigError as error:
         logger.warning("measured again, for what was kept cannot be read: %s", error)
@@ -92,6 +101,8 @@ def keep(machine: MachineFile, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
+    from horizon.config.compose import dump_machine  # as above
+
     write_kept(path, f"# measured by horizon {__version__} on {time.strftime('%Y-%m-%d')}\n{dump_machine(machine)}")
 
 
@@ -114,7 +125,8 @@ def measure(seconds: float, updates: bool) -> MachineFile:
         bandwidth_gb_s=_rounded(_host_bytes_per_s() / 1e9),
         matmul_tflops=_rounded(_flops_per_s(cpu, torch.float32, 1024, min(seconds, 1.0)) / 1e12),
     )
-    rates = _update_rates(device or cpu) if updates else {}
+    by_threads = _rates_by_threads(device or cpu) if updates else {}
+    rates = _update_rates(device or cpu, fewest_threads(by_threads)) if updates else {}
     try:
         found = None if device is None else _measure_device(device, seconds)
     except torch.cuda.OutOfMemoryError as error:
@@ -125,6 +137,7 @@ def measure(seconds: float, updates: bool) -> MachineFile:
         host=host,
         device=found,
         updates_g_s={str(moments): _rounded(rate / 1e9) for moments, rate in rates.items()},
+        updates_by_threads_g_s={threads: _rounded(rate / 1e9) for threads, rate in by_threads.items()},
         tiers=_disk_tier(Path.cwd()) if updates else {},
     )
 
@@ -152,10 +165,20 @@ def _disk_tier(folder: Path) -> dict[str, TierFile]:
     return {"nvme": TierFile(memory=f"{free / GIB:.1f}GiB", read_gb_s=read, write_gb_s=write)}
 
 
-def _update_rates(device: torch.device) -> dict[Moments, float]:
-    grads = torch.bfloat16 if device.type == "cuda" else torch.float32
-    threads, size = default_num_threads(), PARAMETERS[device.type]
-    return {m: measure_update_rate(size, threads, grads, AdamW(moments=m)) for m in Moments}
+def _rates_by_threads(device: torch.device) -> dict[int, float]:
+    """Of updates with fp32 moments by parts of all threads that leave a core to the thread that drives the device."""
+    most = default_num_threads()
+    threads = sorted({max(1, most * part // PARTS) for part in range(1, PARTS + 1)})
+    return update_rates(min(PARAMETERS[device.type], BY_THREADS), threads, _gradients(device), AdamW())
+
+
+def _update_rates(device: torch.device, threads: int) -> dict[Moments, float]:
+    size = PARAMETERS[device.type]
+    return {m: measure_update_rate(size, threads, _gradients(device), AdamW(moments=m)) for m in Moments}
+
+
+def _gradients(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _host_bytes_per_s() -> float:

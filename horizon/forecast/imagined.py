@@ -159,7 +159,7 @@ class Forecaster:
             bool(needs.turn_layers),
         )
         rates = estimator.rates(needs.moments, config.memory.update_threads)
-        disk = self.target.disk(config.memory) if needs.on_nvme else None
+        disk = self.target.disk(config.memory) if needs.uses_disk else None
         rates = replace(rates, cxl_bytes_per_s=self._cxl_bytes_per_s(rates, needs), disk=disk)
         return activations, Predictor(estimator.step_times, rates, token_bytes)
 

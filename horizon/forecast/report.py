@@ -54,7 +54,7 @@ def machine_json(facts: MachineFacts) -> dict[str, Any]:
     """A machine's facts for JSON."""
     found = dataclasses.asdict(facts)
     found["updates_per_s"] = {str(moments): rate for moments, rate in facts.updates_per_s.items()}
-    return found
+    return found | {"update_threads": facts.update_threads}
 
 
 def _settings(config: HorizonConfig) -> dict[str, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 
 import torch
 
@@ -82,6 +85,31 @@ def update_seconds(
     Args:
         nodes, pace: where its states are, as `HostStore` and `Updater` take them.
     """
+    with _one_block(num_parameters, grad_dtype, optimizer, nodes) as update:
+        return update(num_threads, sweeps, pace)
+
+
+def update_rates(
+    num_parameters: int, threads: Sequence[int], grad_dtype: torch.dtype, optimizer: AdamW
+) -> dict[int, float]:
+    """Parameters per second by threads, one number of them after the other on the same states."""
+    with _one_block(num_parameters, grad_dtype, optimizer, lambda *_: ()) as update:
+        update(threads[-1], 1, None)  # takes the pages
+        return {num: num_parameters / min(update(num, SWEEPS, None)) for num in threads}
+
+
+def _sweep_seconds(updater: Updater, step: int) -> float:
+    started = time.perf_counter()
+    updater.submit(step, lr=1e-5, grad_scale=1.0)
+    updater.wait()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _one_block(
+    num_parameters: int, grad_dtype: torch.dtype, optimizer: AdamW, nodes: Nodes
+) -> Iterator[Callable[[int, int, Pace | None], list[float]]]:
+    """A block that can be updated, by so many threads so many times; gives the seconds of each."""
     layout = place_block(0, "rate", [ParamSpec("rate", "rate", (num_parameters,))])
     store = HostStore(
         [layout], pin=False, pin_residual=False, moments=Moments(optimizer.moments),
@@ -93,18 +121,18 @@ def update_seconds(
     def states(block: int) -> UpdateStates:
         return UpdateStates.of_tensors(**store.states(block), grads=buffers.claim(block))
 
-    chunk = align_up(-(-num_parameters // (CHUNKS_A_THREAD * num_threads)), PARAM_ALIGN)
-    updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk, pace=pace)
+    steps = count(1)
+
+    def update(num_threads: int, sweeps: int, pace: Pace | None) -> list[float]:
+        chunk = align_up(-(-num_parameters // (CHUNKS_A_THREAD * num_threads)), PARAM_ALIGN)
+        updater = Updater([layout], states, store.ledger, optimizer, num_threads, lambda block: None, chunk, pace=pace)
+        try:
+            return [_sweep_seconds(updater, next(steps)) for _ in range(sweeps)]
+        finally:
+            updater.close()
+
     try:
-        return [_sweep_seconds(updater, step) for step in range(1, sweeps + 1)]
+        yield update
     finally:
-        updater.close()
         buffers.close()
         store.close()
-
-
-def _sweep_seconds(updater: Updater, step: int) -> float:
-    started = time.perf_counter()
-    updater.submit(step, lr=1e-5, grad_scale=1.0)
-    updater.wait()
-    return time.perf_counter() - started

@@ -15,13 +15,14 @@ import torch
 from horizon.config.schema import Recompute, Tier
 from horizon.layout import BlockLayout, first_trained
 from horizon.plan.activations import ActivationPlan
-from horizon.plan.disk import UPDATE_PAGES, by_block, loaded_states, num_pages, paged_bytes, staged_parts
+from horizon.plan.disk import DISK_BLOCK, UPDATE_PAGES, by_block, loaded_states, num_pages, paged_bytes, staged_parts
 from horizon.plan.lanes import BlockCost, StepCost, run_steps
 from horizon.plan.memory import GRADS, RING_BUFFERS, MemoryNeeds
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.states import State, num_bytes
 from horizon.plan.traffic import loaded_elements
 from horizon.plan.updates import UpdateCost
+from horizon.units import align_up
 
 HOST_S = 0.005  # the norm's way to the host, the caller's loop, the checks of a batch
 SIMULATED_PAGES = 1000  # of all blocks together at most: in larger models one of them stands for several
@@ -111,15 +112,11 @@ def step_cost(
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
     loaded = loaded_states(needs.states, needs.compute_dtype)
     element = sum(state.dtype.itemsize for state in loaded)
-    paging = _Paging.of(needs, rates.disk) if needs.on_nvme and rates.disk else None
+    paging = _Paging.of(needs, rates.disk) if rates.disk and (needs.on_nvme or needs.grads_on_nvme) else None
+    write_s, read_s = _boundaries_s([num * token_bytes for num in tokens], rates.disk if plan.on_nvme else None)
 
     def block(layout: BlockLayout) -> BlockCost:
-        if layout.index == 0:
-            passes = times.embedding
-        elif layout.index == head:
-            passes = PassTimes(0.0, times.head_s)
-        else:
-            passes = times.layers[layer_kind(layout, first, plan)]
+        passes = _passes(layout, first, head, plan, times)
         at_home = layout.index in in_hbm
         num_gradients = sum(math.prod(shape) for _, _, shape in layout.grad_ranges())
         shared = [b for b in layout.borrowed if b.param.spec.trainable]
@@ -139,6 +136,7 @@ def step_cost(
             buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
             offloads=layout.index in plan.offloaded,
             in_hbm=at_home,
+            spill_s=paging.spill_s(layout) if paging else None,
         )
 
     return StepCost(
@@ -148,6 +146,8 @@ def step_cost(
         turn_layers=needs.turn_layers,
         save_s=tuple(num * token_bytes / rates.down_bytes_per_s for num in tokens),
         return_s=tuple(num * token_bytes / rates.up_bytes_per_s for num in tokens),
+        write_s=write_s,
+        read_s=read_s,
         as_landed=as_landed,
         hbm_as_landed=not needs.keeps_gradients,
         ring=None if needs.keeps_gradients else RING_BUFFERS,
@@ -157,19 +157,38 @@ def step_cost(
     )
 
 
+def _passes(layout: BlockLayout, first: int, head: int, plan: ActivationPlan, times: StepTimes) -> PassTimes:
+    """Of the block; the head's forward is part of its backward."""
+    if layout.index == 0:
+        return times.embedding
+    if layout.index == head:
+        return PassTimes(0.0, times.head_s)
+    return times.layers[layer_kind(layout, first, plan)]
+
+
+def _boundaries_s(sizes: Sequence[int], disk: DiskRates | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of boundaries of these bytes, to disk and back; empty where they stay in memory."""
+    if disk is None:
+        return (), ()
+    whole = [align_up(num_bytes, DISK_BLOCK) for num_bytes in sizes]
+    return tuple(size / disk.write for size in whole), tuple(size / disk.read for size in whole)
+
+
 @dataclass(frozen=True, slots=True)
 class _Paging:
-    """What states on nvme ask of the disk."""
+    """What states and gradients on nvme ask of the disk."""
 
     needs: MemoryNeeds
     disk: DiskRates
     together: int  # pages that are simulated as one
+    gradients: Mapping[int, int]  # bytes of those on nvme, by block, in the order of their updates
 
     @classmethod
     def of(cls, needs: MemoryNeeds, disk: DiskRates) -> _Paging:
         paged = {block for _, block in needs.on_nvme}
         total = sum(num_pages(layout) for layout in needs.layouts if layout.index in paged)
-        return cls(needs, disk, max(1, -(-total // SIMULATED_PAGES)))
+        gradients = {block: region.num_bytes for (_, block), region in needs.gradient_map.regions.items()}
+        return cls(needs, disk, max(1, -(-total // SIMULATED_PAGES)), gradients)
 
     @property
     def buffers(self) -> int:
@@ -183,8 +202,9 @@ class _Paging:
     def update(self, layout: BlockLayout, work_s: float, loaded: Sequence[State]) -> UpdateCost:
         """Of a block whose update takes the host's threads so long."""
         paged = [state for state, _ in by_block(self.needs.states, [layout], self.needs.on_nvme)]
+        gradient_s = self._gradient_s(layout)
         if not paged or not layout.num_trainable:
-            return UpdateCost(work_s=work_s)
+            return UpdateCost(work_s=work_s, gradient_s=gradient_s)
         size = paged_bytes(paged, layout, self.needs.on_nvme)
         return UpdateCost(
             work_s=work_s,
@@ -192,7 +212,21 @@ class _Paging:
             read_s=size / self.disk.read,
             write_s=size / self.disk.write,
             loaded=not set(paged).isdisjoint(loaded),
+            gradient_s=gradient_s,
         )
+
+    def spill_s(self, layout: BlockLayout) -> float | None:
+        """Of the block's gradient on its way to disk; None: it does not go there."""
+        size = self.gradients.get(layout.index)
+        return size / self.disk.write if size else None
+
+    def _gradient_s(self, layout: BlockLayout) -> float | None:
+        """And back for its update: what backward comes to last is in memory still."""
+        size = self.gradients.get(layout.index)
+        if not size:
+            return None
+        last = list(self.gradients)[:RING_BUFFERS]
+        return 0.0 if layout.index in last else size / self.disk.read
 
 
 def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from horizon.config.machine import DeviceFile, MachineFile
 from horizon.config.schema import Moments
@@ -15,6 +15,7 @@ from horizon.units import parse_bytes
 UPDATE_BYTES = {Moments.float32: 26.0, Moments.bfloat16: 18.0, Moments.int8: 14.25}
 # 8-bit codes cost arithmetic: their update is about as fast as that of bf16 moments, whatever memory would allow.
 SLOWEST = Moments.bfloat16
+AS_FAST = 0.03  # of the best rate: threads that add less are better left to others
 THREADS_GAIN = 0.4  # an update's rate grows with this power of its threads (measured with 4 to 16)
 
 
@@ -50,14 +51,30 @@ class MachineFacts:
     host_bytes_per_s: float
     host_flops_per_s: float  # of fp32 products
     cores: int
-    updates_per_s: Mapping[Moments, float]  # parameters, by all threads that the optimizer has by default
+    updates_per_s: Mapping[Moments, float]  # parameters, by as many threads as the optimizer has by default
+    updates_by_threads: Mapping[int, float] = field(default_factory=dict)  # the same with fp32 moments, where measured
     tiers: Mapping[str, TierFacts]
 
+    @property
+    def update_threads(self) -> int:
+        """Threads that the optimizer has by default: as few as are as fast as any; not measured: all cores but one."""
+        return fewest_threads(self.updates_by_threads) if self.updates_by_threads else max(self.cores - 1, 1)
+
     def update_rate(self, moments: Moments, threads: int | None) -> float:
-        """Parameters a second, by so many threads; None: all but one core."""
-        default = max(self.cores - 1, 1)
-        share = min(1.0, (threads or default) / default)
-        return self.updates_per_s[moments] * float(share**THREADS_GAIN)
+        """Parameters a second, by so many threads; None: the default."""
+        default, rates = self.update_threads, self.updates_by_threads
+        threads = threads or default
+        if threads in rates:
+            share = rates[threads] / rates[default]
+        else:
+            share = float(min(1.0, threads / default) ** THREADS_GAIN)
+        return self.updates_per_s[moments] * share
+
+
+def fewest_threads(rates: Mapping[int, float]) -> int:
+    """Of the numbers of threads that were measured, the smallest that is as fast as any."""
+    least = (1 - AS_FAST) * max(rates.values())
+    return min(threads for threads, rate in rates.items() if rate >= least)
 
 
 def read_facts(file: MachineFile, source: str) -> MachineFacts:
@@ -68,6 +85,9 @@ def read_facts(file: MachineFile, source: str) -> MachineFacts:
     """
     given = {choice(Moments, name, "updates_g_s"): rate for name, rate in file.updates_g_s.items()}
     _check_positive("updates_g_s", {str(name): rate for name, rate in given.items()})
+    by_threads = {threads: rate * 1e9 for threads, rate in file.updates_by_threads_g_s.items()}
+    _check_positive("updates_by_threads_g_s", {str(threads): rate for threads, rate in by_threads.items()})
+    _check_positive("updates_by_threads_g_s, threads", {str(threads): threads for threads in by_threads})
     host = file.host
     _check_positive("host", {key: getattr(host, key) for key in ("cores", "bandwidth_gb_s", "matmul_tflops")})
     tiers = {}
@@ -85,6 +105,7 @@ def read_facts(file: MachineFile, source: str) -> MachineFacts:
         host_flops_per_s=host.matmul_tflops * 1e12,
         cores=host.cores,
         updates_per_s=_updates(host.bandwidth_gb_s * 1e9, {name: rate * 1e9 for name, rate in given.items()}),
+        updates_by_threads=by_threads,
         tiers=tiers,
     )
 

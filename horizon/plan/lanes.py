@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from horizon.plan.activations import LOOKAHEAD
-from horizon.plan.disk import LOAD_BUFFERS, UPDATE_PAGES
-from horizon.plan.memory import DRAIN_SLOTS
+from horizon.plan.disk import BOUNDARY_BUFFERS, LOAD_BUFFERS, UPDATE_PAGES
+from horizon.plan.memory import DRAIN_SLOTS, RING_BUFFERS
+from horizon.plan.spilled import SpilledBoundaries
 from horizon.plan.updates import NOTHING, UpdateCost, Updates
 
 SETTLING_STEPS = 3  # simulated before the one that counts: by then every step is like the one before
@@ -36,6 +37,7 @@ class BlockCost:
     buffers: tuple[int, ...] = ()  # blocks whose gradient buffers it fills: its own, if it has something to train
     offloads: bool = False  # what enters it waits on the host
     in_hbm: bool = False  # its states live on the device: nothing to load or to drain
+    spill_s: float | None = None  # its gradient goes to disk when it has landed; None: it stays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,8 @@ class StepCost:
     turn_layers: int = 0  # the last so many, passed with the head micro-batch by micro-batch
     save_s: tuple[float, ...] = ()  # of an offloaded boundary on its way to the host, by micro-batch
     return_s: tuple[float, ...] = ()  # and back
+    write_s: tuple[float, ...] = ()  # of an offloaded boundary to disk, if they go there
+    read_s: tuple[float, ...] = ()  # and back
     as_landed: bool = False  # a block is updated when its gradient has landed; else all when the norm is known
     hbm_as_landed: bool = False  # the same for blocks in HBM
     ring: int | None = None  # gradient buffers on the host; None: one for every block
@@ -77,7 +81,9 @@ def least_seconds(step: StepCost) -> float:
         sum(cost.load_s for cost in away),
         sum(cost.drain_s for cost in away),
         sum(update.work_s for update in updates),
-        sum(update.read_s + update.write_s for update in updates),
+        sum(update.read_s + update.write_s + (update.gradient_s or 0) for update in updates)
+        + sum(cost.spill_s or 0 for cost in away if cost.buffers)
+        + sum(cost.offloads for cost in step.blocks) * sum(step.write_s),
     )
 
 
@@ -126,6 +132,9 @@ class _Lanes:
         self._claimed: dict[int, bool] = {}  # blocks whose gradient has a buffer of the ring: whether it is used now
         self._saved: dict[tuple[int, int], float] = {}
         self._returning: dict[tuple[int, int], float] = {}
+        self._boundaries: SpilledBoundaries | None = None  # those on disk
+        self._buffers: list[float] = []  # heap: when each for gradients on their way to disk is free
+        self._written = [0.0] * len(self._blocks)  # when those are there
         self._order: deque[tuple[int, int]] = deque()
 
     def run(self) -> None:
@@ -134,8 +143,11 @@ class _Lanes:
         self._begin([*range(self._head + 1), *back])
         for block in range(self._turn.start):
             self._forward(block)
+        self._wait(max(self._written), "disk")  # until then the buffers are those of the step before
         self._turn_around()
         self._order = deque((b, m) for b in back if self._blocks[b].offloads for m in range(len(self._step.return_s)))
+        if self._boundaries:
+            self._boundaries.expect(self._order, self._host)
         self._bring_back()
         for block in back:
             self._backward(block)
@@ -148,7 +160,11 @@ class _Lanes:
         self._acquire(block)
         if cost.offloads:
             for m, seconds in enumerate(self._step.save_s):
+                if self._boundaries:
+                    self._wait(self._boundaries.room(), "disk")
                 self._saved[block, m] = self._copy(self._drain, self._compute.free, seconds)
+                if self._boundaries:
+                    self._boundaries.fill((block, m), self._saved[block, m])
         for m, seconds in enumerate(cost.forward_s):
             self._work(seconds)
             if cost.offloads:
@@ -187,6 +203,8 @@ class _Lanes:
             self._idle(self._copy(self._fetch, ready, cost.add_s), "link")
         for m, seconds in enumerate(cost.backward_s):
             if cost.offloads:
+                if (block, m) not in self._returning:
+                    self._bring_back(wait=True)
                 self._idle(self._returning.pop((block, m)), "link")
                 self._bring_back()
             self._work(seconds)
@@ -197,11 +215,18 @@ class _Lanes:
         if not self._blocks[block].in_hbm:
             self._idle(self._drained[self._drain_slot], "link")
 
-    def _bring_back(self) -> None:
+    def _bring_back(self, wait: bool = False) -> None:
         while self._order and len(self._returning) < LOOKAHEAD:
-            key = self._order.popleft()
+            if self._boundaries:
+                there = self._boundaries.ready(self._order[0])
+                if there > self._host and not wait:
+                    return
+                self._wait(there, "disk")
+            key, wait = self._order.popleft(), False
             ready = max(self._compute.free, self._saved.pop(key))
             self._returning[key] = self._copy(self._fetch, ready, self._step.return_s[key[1]])
+            if self._boundaries:
+                self._boundaries.release(key, self._returning[key])
 
     # ---- gradients and updates
 
@@ -216,6 +241,9 @@ class _Lanes:
             self._landed[block] = self._copy(self._drain, self._compute.free, cost.drain_s)
             self._drained[self._drain_slot] = self._landed[block]
             self._drain_slot = (self._drain_slot + 1) % DRAIN_SLOTS
+            if cost.spill_s is not None and block in cost.buffers:
+                self._written[block] = self._updates.use_disk(self._landed[block], cost.spill_s)
+                heappush(self._buffers, self._written[block])
         if block in cost.buffers and (self._step.hbm_as_landed if cost.in_hbm else self._step.as_landed):
             if cost.in_hbm:  # beside the device's kernels
                 self._updates.settle(block, self._landed[block] + cost.update.work_s)
@@ -225,11 +253,15 @@ class _Lanes:
                 self._claimed[block] = True
 
     def _claim(self, block: int) -> None:
-        """Wait for a buffer of the ring, unless the block has one."""
+        """Wait for a buffer of the ring, or on the way to disk, unless the block has one."""
         ring = self._step.ring
-        if ring is None or block in self._claimed:
+        if block in self._claimed:
             return
-        if len(self._claimed) == ring:
+        if self._blocks[block].spill_s is not None:
+            self._wait(heappop(self._buffers), "disk")
+        elif ring is None:
+            return
+        elif len(self._claimed) == ring:
             first = next(b for b, in_use in self._claimed.items() if in_use)  # buffers are used in their order
             del self._claimed[first]
             self._wait(self._updates.updated(first), "optimizer")
@@ -242,7 +274,7 @@ class _Lanes:
             if cost.in_hbm and not self._step.hbm_as_landed:
                 self._idle(self._compute.free + cost.update.work_s, "optimizer")  # ahead of the next forward
             elif not cost.in_hbm and not self._step.as_landed and block in cost.buffers:
-                self._updates.submit(block, self._host, cost.update)
+                self._updates.submit(block, self._host, cost.update, self._written[block])
         self._wait(self._host + self._step.host_s, "launch")
 
     # ---- weights, as `stream.slots` has them
@@ -251,6 +283,13 @@ class _Lanes:
         self._visits = list(visits)
         self._next = self._ahead = 0
         self._claimed = {}  # the forward waits for the updates that use them
+        self._buffers = [0.0] * RING_BUFFERS
+        step = self._step
+        if step.write_s:
+            if self._boundaries:
+                self._wait(self._boundaries.settled, "disk")
+            disk = self._updates.use_disk
+            self._boundaries = SpilledBoundaries(disk, step.write_s, step.read_s, BOUNDARY_BUFFERS)
         self._late = {}
         self._staged, self._reader = (-1, 0.0), max(self._reader, self._host)
         for slot in (*self._slots, *self._own.values()):
@@ -312,7 +351,7 @@ class _Lanes:
             return 0.0
         if self._staged[0] != self._ahead:
             ready = max(self._reader, self._up_to_date(block), heappop(self._staging))
-            self._reader = self._updates.read(ready, seconds)
+            self._reader = self._updates.use_disk(ready, seconds)
             self._staged = self._ahead, self._reader
         return self._staged[1]
 

@@ -115,9 +115,7 @@ class MemoryPlan:
         if self.prediction:
             rows.append(f"  {self.prediction.describe()}")
         elif self.num_bytes("nvme"):
-            rows.append(
-                "  step time not predicted: the disk's speed is not known, or gradients or activations are there"
-            )
+            rows.append("  step time not predicted: the disk's speed is not known")
         return "\n".join([head, *rows])
 
     def _all(self) -> list[Line]:
@@ -170,6 +168,11 @@ class MemoryNeeds:
     def grads_on_nvme(self) -> frozenset[int]:
         """Blocks whose gradients wait on nvme."""
         return frozenset(block for name, block in on_tier(self.placed, Tier.nvme) if name == GRADS)
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether steps may have something on nvme."""
+        return bool(self.on_nvme or self.grads_on_nvme) or self.boundaries is Tier.nvme
 
     @property
     def gradient_map(self) -> DiskMap:

@@ -84,15 +84,14 @@ class Predictor:
     ) -> StepPrediction | None:
         """A step of these micro-batches, which `known` then knows.
 
-        None where `time` fails, where gradients or activations are on nvme, which the lanes do not know, or where a
-        disk has a part in it whose speed is not known.
+        None where `time` fails, or where a disk has a part in it whose speed is not known.
 
         Args:
             planned: the step's activations.
             version: the weights' version to measure with.
             as_landed: the host updates a block as soon as its gradient has landed.
         """
-        if needs.grads_on_nvme or planned.on_nvme or (needs.on_nvme and self._rates.disk is None):
+        if self._rates.disk is None and (needs.on_nvme or needs.grads_on_nvme or planned.on_nvme):
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None

@@ -13,6 +13,7 @@ from horizon.errors import BudgetError
 from horizon.forecast.changes import changed, describe
 from horizon.forecast.outlook import larger_budgets, look
 from horizon.forecast.report import as_json
+from horizon.plan.traffic import least_traffic
 from tests.forecast.conftest import SMALL, machine, settings
 
 MODEL = SMALL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000}
@@ -89,3 +90,13 @@ def test_the_budget_that_is_named_works_and_is_offered_where_the_machine_has_it(
     small = machine(host="1MiB")
     small.tiers = {name: TierFile(memory="1MiB", read_gb_s=10, write_gb_s=10) for name in ("nvme", "cxl")}
     assert larger_budgets(forecaster(config, small), config, refusal) == {}
+
+
+def test_a_step_with_everything_on_disk_is_predicted(forecaster):
+    config = changed(settings(MODEL, train__batch_size=4), NVME | {"memory.policy": Policy.nvme_all})
+    found = forecaster(config, described()).forecast(config)
+    moves = least_traffic(found.needs)
+    assert found.prediction.bound == "disk"
+    assert found.prediction.seconds >= (moves["disk", "read"] + moves["disk", "write"]) / 10e9
+    some = changed(config, {"memory.policy": Policy.dram, "memory.rules": [TierRule(state="grads", tier=Tier.nvme)]})
+    assert forecaster(some, described()).forecast(some).prediction.disk_s < found.prediction.disk_s

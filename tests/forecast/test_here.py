@@ -5,11 +5,19 @@ import threading
 
 import pytest
 
+from horizon.building import build_parts
 from horizon.config.compose import dump_machine, load_machine
-from horizon.config.schema import Moments
+from horizon.config.schema import MemoryConfig, Moments
+from horizon.doctor.host import check_cores
 from horizon.forecast import here
 from horizon.plan.facts import read_facts
-from tests.forecast.conftest import machine
+from tests.forecast.conftest import SMALL, machine
+
+SETTINGS = {
+    "optimizer": None, "max_grad_norm": 1.0, "device": "cpu", "compute_dtype": "auto", "kernels": "auto", "seed": 0,
+    "freeze": (), "on_nonfinite": "stop", "clip": "exact", "revision": None, "trust_remote_code": False,
+    "self_check": False,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +108,11 @@ def test_the_key_follows_hardware_and_versions_and_not_the_name_of_the_machine(m
 
 def test_this_machine_can_really_be_measured(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(here, "default_num_threads", lambda: 3)
     monkeypatch.setattr(here, "PARAMETERS", {"cpu": 1 << 18, "cuda": 1 << 18})
     found = here.measure(0.05, updates=True)
     assert set(found.updates_g_s) == set(Moments)
+    assert set(found.updates_by_threads_g_s) == {1, 2, 3}  # parts of three, of which a quarter is none
     facts = read_facts(found, "here")
     assert facts.host_bytes > 1 << 28 and facts.host_bytes_per_s > 1e8 and facts.host_flops_per_s > 1e8
     assert all(rate > 1e5 for rate in facts.updates_per_s.values())
@@ -119,5 +129,24 @@ def test_where_no_file_can_be_made_there_is_no_disk(monkeypatch, tmp_path):
 def test_a_machine_file_comes_back_as_it_was_written(tmp_path):
     written = machine()
     written.updates_g_s = {"float32": 5.0}
+    written.updates_by_threads_g_s = {1: 2.0, 2: 4.0}
     (tmp_path / "my.yaml").write_text(dump_machine(written))
     assert load_machine(str(tmp_path / "my.yaml")) == written
+
+
+def test_training_has_the_threads_that_were_measured_unless_it_names_some(monkeypatch):
+    def threads(**memory):
+        seen = []
+        monkeypatch.setattr("horizon.building.build_runtime", lambda *_, memory, **others: seen.append(memory))
+        build_parts(SMALL, memory=MemoryConfig(**memory), **SETTINGS)
+        return seen[0].update_threads
+
+    assert here.measured_threads() is threads() is None  # all cores but one, then
+    file = machine()
+    here.keep(file, here.cache_file())
+    assert here.measured_threads() is threads() is None  # kept before threads were measured
+    file.updates_by_threads_g_s = {1: 1.0, 5: 2.0, 8: 2.01}
+    here.keep(file, here.cache_file())
+    assert here.measured_threads() == threads() == 5
+    assert threads(update_threads=7) == 7
+    assert "5 of them for the optimizer (as fast as any, within 3%)" in check_cores().found

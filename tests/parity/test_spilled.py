@@ -8,9 +8,11 @@ import pytest
 from horizon import AdamW, MemoryConfig, TierRule
 from horizon.config.schema import Tier
 from horizon.errors import NonFiniteError
+from horizon.plan.cost import DiskRates
 from horizon.plan.disk import BOUNDARY_BUFFERS
 from horizon.plan.traffic import least_traffic
 from horizon.store import disk, gradients, nvme, offload
+from horizon.store.host import HostStore
 from horizon.stream.passes import Passes
 from tests.covering import pairwise
 from tests.parity.reference import (
@@ -269,3 +271,19 @@ def test_a_step_moves_the_least_over_the_disk(policy, folder, monkeypatch):
         least = least_traffic(engine._runtime.needs)
     assert moved["write"] == least["disk", "write"]
     assert moved["read"] == least["disk", "read"]
+
+
+@pytest.mark.parametrize("policy", ["gradients", "activations", "all"])
+def test_a_step_on_a_slow_disk_is_predicted_to_take_what_that_moves(policy, folder, monkeypatch):
+    slow = DiskRates(read=2e5, write=1e5)
+    monkeypatch.setattr(HostStore, "measure_disk", lambda store: None if store._nvme is None else slow)
+    monkeypatch.setattr("horizon.runtime.probe_disk", lambda *arguments: slow)
+    with offloading(False, on_nvme(folder, policy)) as engine:
+        engine.plan_micro_batch(2, TOKENS // 2)
+        said, moves = engine.plan.prediction, least_traffic(engine._runtime.needs)
+    written, read = (moves.get(("disk", way), 0) for way in ("write", "read"))
+    if policy != "gradients":
+        written += DEPTH * -(-4 * HIDDEN * TOKENS // 4096) * 4096  # boundaries, in whole disk blocks
+    least = written / slow.write + read / slow.read
+    assert said.bound == "disk" and said.seconds >= least * (1 - 1e-9) > 0.1
+    assert said.disk_s > 0.9 * (said.seconds - said.arithmetic_s)

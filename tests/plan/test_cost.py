@@ -160,6 +160,25 @@ def test_the_disk_moves_what_the_traffic_of_a_step_is():
     assert read * 1000 == pytest.approx(traffic["disk", "read"])
 
 
+def test_gradients_on_disk_move_what_the_traffic_of_a_step_is():
+    placed = on_disk(needs(), "grads")
+    blocks, traffic = cost(placed, rates=DISK).blocks, least_traffic(placed)
+    assert sum(block.spill_s for block in blocks) * 500 == pytest.approx(traffic["disk", "write"])
+    assert sum(block.update.gradient_s for block in blocks) * 1000 == pytest.approx(traffic["disk", "read"])
+    assert [block.update.gradient_s for block in blocks] == [0, 0, 0, 8.192, 4.096]  # the first are in memory still
+    some = cost(on_disk(needs(), "grads", blocks=(1, 4)), rates=DISK).blocks
+    assert [block.spill_s for block in some] == [None, 16.384, None, None, 8.192]
+    assert [block.update.gradient_s for block in some] == [None, 0, None, None, 0]
+    assert {block.spill_s for block in cost(placed).blocks} == {None}  # nothing is known of the disk
+
+
+def test_boundaries_on_disk_move_whole_disk_blocks():
+    away = replace(KEEP_ALL, offloaded=frozenset({1, 2}), tier=Tier.nvme)
+    step = cost(plan=away, tokens=(32, 1000), rates=DISK)
+    assert (step.write_s, step.read_s) == ((8.192, 3 * 8.192), (4.096, 3 * 4.096))
+    assert cost(plan=replace(away, tier=Tier.dram), rates=DISK).write_s == cost(plan=away).write_s == ()
+
+
 def predicted(rates=RATES, **changes):
     of = needs(**changes)
     return predict_step(of, KEEP_ALL, [32, 32], 10, TIMES, rates, as_landed=not of.keeps_gradients)

@@ -43,6 +43,20 @@ def test_fewer_threads_update_more_slowly_as_was_measured():
     assert facts.update_rate(Moments.float32, 2) / full == pytest.approx(2.70 / 5.03, rel=0.1)
 
 
+def test_the_fewest_threads_that_are_as_fast_as_any_are_the_default():
+    file = machine()
+    file.updates_g_s = {"float32": 5.0, "bfloat16": 6.0}
+    file.updates_by_threads_g_s = {2: 2.5, 4: 4.9, 6: 5.0, 8: 4.0}
+    facts = read_facts(file, "a test")
+    assert facts.update_threads == 4  # 2 % from the best
+    assert facts.update_rate(Moments.float32, None) == facts.update_rate(Moments.float32, 4) == 5e9
+    assert facts.update_rate(Moments.bfloat16, 2) == pytest.approx(6e9 * 2.5 / 4.9)
+    assert facts.update_rate(Moments.bfloat16, 8) == pytest.approx(6e9 * 4.0 / 4.9)
+    file.updates_by_threads_g_s = {2: 2.5, 4: 4.8, 6: 5.0}
+    assert read_facts(file, "a test").update_threads == 6
+    assert read_facts(machine(), "a test").update_threads == 8  # not measured: all of 9 cores but one
+
+
 def test_tiers_are_read():
     file = machine()
     file.tiers = {"nvme": TierFile(memory="1TiB", read_gb_s=2.3, write_gb_s=2.7)}
@@ -59,6 +73,11 @@ def test_what_cannot_be_is_refused_by_its_key():
     file.device.up_gb_s = -1.0
     with pytest.raises(ConfigError, match=r"device\.up_gb_s=-1\.0"):
         read_facts(file, "a test")
+    for wrong in ({4: 0.0}, {0: 1.0}):
+        file = machine()
+        file.updates_by_threads_g_s = wrong
+        with pytest.raises(ConfigError, match=r"updates_by_threads_g_s.* of the machine must be positive"):
+            read_facts(file, "a test")
     file = machine()
     file.updates_g_s = {"fp8": 1.0}
     with pytest.raises(ConfigError, match="updates_g_s='fp8': expected one of float32"):
