@@ -2,9 +2,10 @@
 
     python profiling/batching.py --seq-len 2048 --batch-size 32 --micro-batch 4
 
-Arithmetic, nothing is trained. `padding` is the share of computed tokens that are none; `unequal` how much more work the
-heaviest micro-batch of a step has than the mean one, as a mean over an epoch's steps: rows `in_order`, and `divided` as
-the loader does it; of attention alone, and of all products of the model. Prints a JSON row for each set of documents.
+Arithmetic, nothing is trained. `padding` is the share of computed tokens that are none; `unequal` how much more the
+heaviest micro-batch of a step has to do than the mean one, as a mean over an epoch's steps: rows `in_order`, and
+`divided` as the loader does it; of attention alone, and of all products of the model. Prints a JSON row for each set of
+documents.
 """
 
 from __future__ import annotations
