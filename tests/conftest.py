@@ -1,7 +1,10 @@
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests run side by side
+hypothesis.settings.register_profile("shared machine", deadline=None)  # a busy one is no fault of the example's
+hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -159,6 +159,7 @@ class SourceConfig:
     format: DataFormat = DataFormat.auto
     weight: float | None = None  # its share of the tokens trained on, beside the others'; null for all: as they are
     subset: str | None = None  # of a hub dataset
+    revision: str | None = None  # of a hub dataset: branch, tag or commit; null: the newest
     split: str = "train"  # of a dataset of the `datasets` library
     fields: FieldNames = field(default_factory=FieldNames)
     token_dtype: str = "uint16"  # of .bin files
@@ -171,8 +172,9 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)  # of format=mixture
     fields: FieldNames = field(default_factory=FieldNames)
     subset: str | None = None  # of a hub dataset
+    revision: str | None = None  # of a hub dataset: branch, tag or commit; null: the newest
     split: str = "train"  # of a dataset of the `datasets` library
-    streaming: bool = False  # read the first max_bytes of a hub dataset, and do not download the rest
+    streaming: bool = False  # read the first max_bytes of text of a hub dataset, and do not download the rest
     token_dtype: str = "uint16"  # of .bin files
     validation_path: str | None = None  # else validation_fraction of the documents is held out
     validation_fraction: float = 0.05

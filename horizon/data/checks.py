@@ -45,9 +45,10 @@ def _check_mixture(data: DataConfig) -> None:
         if data.sources:
             raise ConfigError(f"data.sources are not read by data.format={data.format}; set data.format=mixture")
         return
-    if data.subset is not None or data.split != "train" or data.fields != FieldNames():
+    if (data.subset, data.revision, data.split, data.fields) != (None, None, "train", FieldNames()):
         raise ConfigError(
-            "data.subset, data.split and data.fields are not read by data.format=mixture; give them to a source"
+            "data.subset, data.revision, data.split and data.fields are not read by data.format=mixture; "
+            "give them to a source"
         )
     if not data.sources:
         raise ConfigError("data.format=mixture needs data.sources, a list of {path: ..., weight: ...}")

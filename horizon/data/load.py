@@ -34,6 +34,7 @@ class SourceReport:
     tokenized: Tokenized
     train: Pieces
     validation: Pieces  # of the documents that are held out
+    num_read: int  # documents; a lone one is divided into two afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ def load_data(
     held_out = maker.rows([(report, report.validation) for report in scored]).spread()  # a run may score only some
     if validation is not None and not len(held_out):
         raise DataError(f"data.validation_path={data.validation_path}: no token has a label, nothing to score")
-    lines = [*(_source_line(report, len(sources) > 1) for report in reports), f"tokenizer of {len(tokenizer)} entries"]
+    named, limit = len(sources) > 1, data.max_bytes
+    lines = [*(_source_line(report, named, limit) for report in reports), f"tokenizer of {len(tokenizer)} entries"]
     summary = (
         f"{'; '.join(lines)}\ntrain: {_count_line([report.train for report in reports], train)}\n"
         f"validation: {_count_line([report.validation for report in scored], held_out)}"
@@ -148,7 +150,7 @@ class _RowMaker:
         else:
             hidden = choose_held_out(len(tokens.lengths), fraction, self._seed)
         train, validation = (cut(tokens, side, self._seq_len, self._data.too_long) for side in (~hidden, hidden))
-        return SourceReport(source, replace(made, tokens=tokens), train, validation)
+        return SourceReport(source, replace(made, tokens=tokens), train, validation, len(made.tokens.lengths))
 
     def rows(self, chosen: Sequence[tuple[SourceReport, Pieces]]) -> Rows:
         """The rows of these pieces of each source."""
@@ -183,12 +185,13 @@ def _check_trained(reports: Sequence[SourceReport], seq_len: int) -> None:
         )
 
 
-def _source_line(report: SourceReport, named: bool) -> str:
+def _source_line(report: SourceReport, named: bool, max_bytes: int | None) -> str:
     made, source = report.tokenized, report.source
     name = f"{source.name}: " if named else ""
     reused = " (tokenized before)" if made.reused else ""
     skipped = f", {made.num_skipped:,} records left out, the first: {made.first_skipped}" if made.num_skipped else ""
-    return f"{name}{source.description}{reused}{skipped}"
+    what = f", the first {report.num_read:,} records, up to data.max_bytes={max_bytes}" if source.is_streamed else ""
+    return f"{name}{source.description}{what}{reused}{skipped}"
 
 
 def _count_line(sides: Sequence[Pieces], rows: Rows) -> str:

@@ -58,7 +58,7 @@ class Reader:
             "tokenizer": tokenizer_hash(tokenizer),
             "train_on": data.train_on,
             "on_error": data.on_error,
-            "max_bytes": 0 if data.max_bytes is None else [data.max_bytes, data.streaming or self._seed],
+            "max_bytes": 0 if data.max_bytes is None else [data.max_bytes, source.is_streamed or self._seed],
         }
         return self._cache.get(facts, lambda: self._encoded(source, tokenizer))
 
@@ -75,7 +75,7 @@ class Reader:
 
     def _samples(self, source: OpenSource) -> tuple[list[Sample], BadRecords]:
         bad = BadRecords(self._data.on_error)
-        return source.samples(bad, self._data.max_bytes, self._seed, head=self._data.streaming), bad
+        return source.samples(bad, self._data.max_bytes, self._seed), bad
 
 
 def _seen_texts(found: Sequence[Document], data: DataConfig, seed: int) -> list[str]:

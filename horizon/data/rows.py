@@ -70,8 +70,13 @@ class Rows:
 
     @cached_property
     def attention_work(self) -> Numbers:
-        """Of each row, up to a factor: attention looks from every token of a piece to those before it. int64 [rows]"""
-        return self._sums(self.lengths**2)
+        """Of each row, up to a factor: attention looks from every token of a piece to those before it. int64 [rows]
+
+        Padding is a piece of its own in a packed row, and else a part of the only one.
+        """
+        if not self.packed:
+            return np.full(len(self), self.seq_len**2)
+        return self._sums(self.lengths**2) + (self.seq_len - self.num_tokens) ** 2
 
     @cached_property
     def _num_pieces(self) -> Numbers:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from horizon.config.schema import DataConfig, DataFormat, FieldNames, OnBadData, SourceConfig
 from horizon.data import documents, hub
@@ -40,39 +42,48 @@ class OpenSource:
         """A hash of what is in it; None: nobody knows."""
         return self.dataset.fingerprint if self.dataset is not None else content_hash(self.files)
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether records come over the network, and reading more of them costs more."""
+        return self.dataset is not None and self.dataset.is_streamed
+
     def tokens(self) -> Tokens:
         """Of kind `tokens`."""
         return read_tokens(self.files, self.token_dtype)
 
-    def samples(self, bad: BadRecords, max_bytes: int | None, seed: int, *, head: bool = False) -> list[Sample]:
+    def samples(self, bad: BadRecords, max_bytes: int | None, seed: int) -> list[Sample]:
         """Of every other kind: texts or conversations, in order; at most `max_bytes` of them, chosen by seed.
 
-        With `head`, the first of them, and no more is read.
+        Where it is streamed, these are the first, and no more is read.
 
         Raises:
             DataError: there are none, or one cannot be read and `bad` does not take it.
         """
         if self.kind not in _RECORDS:
             return list(documents.read_documents(self.files, max_bytes, seed))
-        read, samples, sizes, left = sample_reader(self.kind, self.fields), [], [], max_bytes
-        for record in self._records(bad):
-            try:
-                sample = read(record)
-            except DataError as error:
-                bad.note(error)
-                continue
-            if head and left is not None and (left := left - record.num_bytes) < 0:
-                break
-            samples.append(sample)
-            sizes.append(record.num_bytes)
-        if max_bytes is not None and not head:
+        read, samples, sizes, num_bytes = sample_reader(self.kind, self.fields), [], [], 0
+        limit = max_bytes if self.is_streamed else None  # of reading itself
+        with _progress(limit) as bar:
+            for record in self._records(bad):
+                try:
+                    sample = read(record)
+                except DataError as error:
+                    bad.note(error)
+                    continue
+                num_bytes += record.num_bytes
+                if limit is not None and num_bytes > limit:
+                    break
+                samples.append(sample)
+                sizes.append(record.num_bytes)
+                bar.update(record.num_bytes)
+        if max_bytes is not None and not self.is_streamed:
             order = np.random.default_rng(seed).permutation(len(samples))
             fitting = order[np.cumsum(np.array(sizes, np.int64)[order]) <= max_bytes]
             samples = [samples[index] for index in sorted(fitting)]
         if not samples:
-            limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
+            within = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
             skipped = f"; {bad.count} were left out, the first: {bad.first}" if bad.count else ""
-            raise DataError(f"no record in {self.description}{limit}: dataset is empty{skipped}")
+            raise DataError(f"no record in {self.description}{within}: dataset is empty{skipped}")
         return samples
 
     def _records(self, bad: BadRecords) -> Iterator[Record]:
@@ -80,6 +91,14 @@ class OpenSource:
             yield from self.dataset.records()
         for file in self.files:
             yield from read_records(file, bad)
+
+
+def _progress(max_bytes: int | None) -> tqdm[Any]:
+    """A bar on what is streamed, for reading files takes no time."""
+    return tqdm(
+        total=max_bytes, desc="streaming", unit="B", unit_scale=True, delay=2, leave=False,
+        disable=None if max_bytes else True,
+    )  # fmt: skip
 
 
 def open_sources(data: DataConfig) -> list[OpenSource]:
@@ -90,10 +109,13 @@ def open_sources(data: DataConfig) -> list[OpenSource]:
         DataError: there is no such file, or nothing tells what is in it.
     """
     if data.format is not DataFormat.mixture:
-        return [_open(_only_source(data), "data.path", data.streaming)]
-    opened = [
-        _open(source, f"data.sources[{number}].path", data.streaming) for number, source in enumerate(data.sources)
-    ]
+        opened = [_open(_only_source(data), "data.path", data.streaming)]
+    else:
+        opened = [
+            _open(source, f"data.sources[{number}].path", data.streaming) for number, source in enumerate(data.sources)
+        ]
+    if data.streaming and not any(source.is_streamed for source in opened):
+        raise ConfigError("data.streaming=true reads datasets of the hub, and here is none: leave it false")
     names = [source.name for source in opened]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.sources have the names {', '.join(names)}: give each a name of its own")
@@ -112,8 +134,8 @@ def open_validation(data: DataConfig) -> OpenSource:
 
 def _only_source(data: DataConfig) -> SourceConfig:
     return SourceConfig(
-        path=data.path or "", format=data.format, subset=data.subset, split=data.split, fields=data.fields,
-        token_dtype=data.token_dtype,
+        path=data.path or "", format=data.format, subset=data.subset, revision=data.revision, split=data.split,
+        fields=data.fields, token_dtype=data.token_dtype,
     )  # fmt: skip
 
 
@@ -128,14 +150,21 @@ def _open(source: SourceConfig, key: str, streaming: bool) -> OpenSource:
         return opened
     opened = OpenSource(source.name or path.name, "", source.format, source.weight, source.fields, source.token_dtype)
     if hub.is_saved(path) or (not path.exists() and hub.is_hub_id(source.path)):
-        opened = replace(opened, dataset=hub.HubDataset(source.path, source.subset, source.split, streaming))
+        opened = replace(opened, dataset=_dataset(source, streaming))
     else:
         opened = replace(opened, files=tuple(_files(source.path, source.format, key)))
-        if source.subset is not None or source.split != "train":
-            raise ConfigError(f"{key}={source.path} is read as files, which have no subset and no split: set neither")
+        if (source.subset, source.revision, source.split) != (None, None, "train"):
+            raise ConfigError(
+                f"{key}={source.path} is read as files, which have no subset, revision and split: set none of them"
+            )
     kind = _kind(opened, key)
     what = {DataFormat.text: "text", DataFormat.text_field: "texts"}.get(kind, str(kind))
-    return replace(opened, kind=kind, description=f"{what} in {source.path}")
+    commit = f" at {opened.dataset.commit}" if opened.dataset is not None and opened.is_streamed else ""
+    return replace(opened, kind=kind, description=f"{what} in {source.path}{commit}")
+
+
+def _dataset(source: SourceConfig, streaming: bool) -> hub.HubDataset:
+    return hub.HubDataset(source.path, source.subset, source.split, source.revision, streaming)
 
 
 def _files(path: str, kind: DataFormat, key: str) -> list[Path]:

@@ -1,6 +1,8 @@
 """Datasets of the `datasets` library: saved folders for real, the hub by what is asked of the library."""
 
 import builtins
+import inspect
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,7 @@ from horizon.data import load_data
 from horizon.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 TEXTS = [{"text": f"text number {n}"} for n in range(6)]
 
 
@@ -55,29 +58,73 @@ def hub(monkeypatch):
             read.append(row)
             yield row
 
-    def load_dataset(path, subset, *, split, streaming):
-        asked.append((path, subset, split, streaming))
+    signature = inspect.signature(datasets.load_dataset)
+
+    def load_dataset(*args, **settings):
+        found = signature.bind(*args, **settings).arguments
+        streaming = found["streaming"]
+        asked.append(tuple(found[key] for key in ("path", "name", "split", "revision", "streaming")))
         whole = datasets.IterableDataset.from_generator(rows) if streaming else datasets.Dataset.from_list(TEXTS)
         return whole
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        huggingface_hub, "dataset_info", lambda path, *, revision: SimpleNamespace(sha=f"commit-{revision}")
+    )
     return asked, read
 
 
 def test_a_hub_id_is_asked_for_by_name_subset_and_split(hub):
     data = load(path="owner/name", subset="en", split="validation")
     assert texts(data) == [row["text"] for row in TEXTS]
-    assert hub[0] == [("owner/name", "en", "validation", False)]
+    assert hub[0] == [("owner/name", "en", "validation", None, False)]
     assert "texts in owner/name" in data.summary
 
 
-def test_streaming_reads_the_beginning_and_no_more_and_keeps_nothing(hub):
+THREE = {"path": "owner/name", "streaming": True, "max_bytes": len("text number 0") * 3}
+
+
+def test_streaming_reads_the_beginning_and_no_more(hub):
+    data = load(**THREE)
+    assert texts(data) == [row["text"] for row in TEXTS[:3]]
+    assert hub[0] == [("owner/name", None, "train", "commit-None", True)]
+    assert len(hub[1]) == 1 + 4  # the first tells the format, the last is too much
+    assert "texts in owner/name at commit-None, the first 3 records, up to data.max_bytes=39; token" in data.summary
+
+
+def test_what_was_streamed_is_read_again_from_the_cache(hub):
     for _ in range(2):
         hub[1].clear()
-        data = load(path="owner/name", streaming=True, max_bytes=len("text number 0") * 3)
+        data = load(**THREE)
         assert texts(data) == [row["text"] for row in TEXTS[:3]]
-        assert hub[0][-1][3] is True and len(hub[1]) == 1 + 4  # the first tells the format, the last is too much
-        assert not data.reports[0].tokenized.reused
+        assert "the first 3 records" in data.summary
+    assert data.reports[0].tokenized.reused and len(hub[1]) == 1
+    others = {"revision": "main"}, {"subset": "en"}, {"split": "test"}, {"max_bytes": 50}
+    assert not any(load(**{**THREE, **other}).reports[0].tokenized.reused for other in others)
+    assert hub[0][-4] == ("owner/name", None, "train", "commit-main", True)
+
+
+def test_a_stream_that_breaks_off_says_where(hub, monkeypatch):
+    def rows():
+        yield from TEXTS[:2]
+        raise ConnectionError("the line\nis dead")
+
+    broken = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: broken)
+    with pytest.raises(DataError, match=r"dataset owner/name\[train\] ends after record 2 \(the line is dead\)"):
+        load(**THREE, revision="broken")
+
+
+def test_streaming_without_a_dataset_of_the_hub_is_refused(saved, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a b c"}')
+    for path in (saved / "one", file):
+        with pytest.raises(ConfigError, match=r"data\.streaming=true reads datasets of the hub, and here is none"):
+            load(path=str(path), streaming=True, max_bytes=100)
+    with pytest.raises(ConfigError, match=r"is a saved dataset, which has no subset and no revision"):
+        load(path=str(saved / "one"), revision="main")
+    with pytest.raises(ConfigError, match=r"is read as files, which have no subset, revision and split"):
+        load(path=str(file), revision="main")
 
 
 def test_a_path_that_is_none_and_no_hub_id_asks_nobody(hub):

@@ -21,6 +21,16 @@ def make_rows(num_rows, last=4, weight=None, lay=pack):
     return lay(Source("", tokens, weight), pieces, seq_len=4, pad_id=0)
 
 
+def rows_of(lengths, lay=pack):
+    """Rows of 8 tokens, each with a document of such a length, of more than half a row."""
+    tokens = Tokens(np.arange(sum(lengths)), np.ones(sum(lengths), bool), np.array(lengths), [""] * len(lengths))
+    return lay(Source("", tokens), cut(tokens, np.ones(len(lengths), bool), 8, TooLong.split), 8, pad_id=0)
+
+
+def ids(step):
+    return [micro_batch["input_ids"].tolist() for micro_batch in step]
+
+
 def row_numbers(step):
     return sorted(int(first) // 4 for micro_batch in step for first in micro_batch["input_ids"][:, 0])
 
@@ -37,13 +47,13 @@ def test_every_epoch_takes_every_row_once_and_steps_wrap(num_rows, batch_size, s
 
 @given(num_rows=st.integers(1, 13), batch_size=st.integers(1, 9), before=st.integers(0, 6))
 def test_a_loader_made_with_anothers_state_goes_on_where_that_one_is(num_rows, batch_size, before):
-    rows = make_rows(num_rows)
+    rows = rows_of([n % 4 + 5 for n in range(num_rows)])
     loader = Loader(rows, batch_size, 3, seed=5)
     for _ in range(before):
         loader.next_step()
     resumed = Loader(rows, batch_size, 3, seed=5, epoch=loader.epoch, position=loader.position)
     for _ in range(3):
-        assert row_numbers(resumed.next_step()) == row_numbers(loader.next_step())
+        assert ids(resumed.next_step()) == ids(loader.next_step())  # divided alike, too
 
 
 def test_the_order_depends_on_seed_and_epoch_only():
@@ -81,15 +91,17 @@ def test_sizes_that_are_not_positive_are_named(batch_size, micro_batch, key):
         Loader(make_rows(3), batch_size, micro_batch, seed=0)
 
 
-def test_a_step_is_divided_by_arithmetic():
-    def rows(lengths):
-        tokens = Tokens(np.arange(sum(lengths)), np.ones(sum(lengths), bool), np.array(lengths), [""] * len(lengths))
-        return pad(Source("", tokens), cut(tokens, np.ones(len(lengths), bool), 8, TooLong.split), 8, pad_id=0)
-
-    loader = Loader(rows([8, 7, 2, 3]), 4, 2, seed=0, shuffle=False)
+def test_a_step_is_divided_by_arithmetic_and_keeps_its_rows():
+    loader = Loader(rows_of([8, 7, 5, 6]), 4, 2, seed=0, shuffle=False)
     step = loader.next_step()
-    assert [micro_batch["attention_mask"].sum(1).tolist() for micro_batch in step] == [[8, 2], [7, 3]]
-    assert loader.step_tokens == 20
+    assert [(micro_batch["labels"] > 0).sum(1).tolist() for micro_batch in step] == [[7, 4], [6, 5]]
+    assert [micro_batch["input_ids"].shape for micro_batch in step] == [(2, 8), (2, 8)]
+    assert loader.step_tokens == 26
+
+
+def test_padded_rows_cost_the_same_and_stay_in_order():
+    step = Loader(rows_of([8, 7, 5, 6], pad), 4, 2, seed=0, shuffle=False).next_step()
+    assert [micro_batch["attention_mask"].sum(1).tolist() for micro_batch in step] == [[8, 7], [5, 6]]
 
 
 def mixture(sizes, weights):

@@ -54,7 +54,8 @@ def test_a_row_reads_as_the_picture_in_the_module():
     ]
     assert rows.num_tokens.tolist() == [8, 6]
     assert rows.num_trained.tolist() == [5, 4]
-    assert rows.attention_work.tolist() == [34, 20]
+    assert rows.attention_work.tolist() == [5**2 + 3**2, 4**2 + 2**2 + 2**2]  # padding is computed, too
+    assert make_rows(pad, make_tokens([5, 3]), seq_len=8).attention_work.tolist() == [64, 64]
     assert rows.ids(1) == [9, 10, 11, 12, 13, 14]
 
 

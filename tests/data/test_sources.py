@@ -235,8 +235,8 @@ def test_a_lone_text_is_divided_near_its_end(tmp_path):
     ("settings", "message"),
     [
         ({"train_on": TrainOn.last}, r"data\.train_on=last is for conversations, and the data are text"),
-        ({"subset": "en"}, r"is read as files, which have no subset and no split"),
-        ({"split": "test"}, r"is read as files, which have no subset and no split"),
+        ({"subset": "en"}, r"is read as files, which have no subset, revision and split"),
+        ({"split": "test"}, r"is read as files, which have no subset, revision and split"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(tmp_path, settings, message):
