@@ -39,8 +39,8 @@ def make_batch(seed, rows=2, tokens=16, low=3, high=63):
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def train(engine, num_steps=1):
-    """Losses of the first steps and the masters after them, which tell of weights, residuals and moments alike."""
+def train(engine, num_steps=2):
+    """Losses of the first steps and the masters after them."""
     losses = [engine.step(make_batch(seed)).loss for seed in range(num_steps)]
     return losses, dict(engine.named_master_parameters())
 
@@ -67,7 +67,7 @@ def arenas():
 
 @pytest.fixture(scope="session")
 def healthy():
-    """What a step gives in a process where nothing has gone wrong yet."""
+    """What training gives in a process where nothing has gone wrong yet."""
     with horizon.Engine.from_config(LLAMA, device="cpu") as engine:
         return train(engine)
 
