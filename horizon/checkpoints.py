@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from horizon import __version__
-from horizon.checkpoint.hf_export import Tokenizer, export_model
+from horizon.checkpoint.hf_export import export_model
 from horizon.checkpoint.manifest import Manifest, read_manifest
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import (
     check_same,

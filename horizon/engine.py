@@ -18,7 +18,7 @@ from torch import Tensor
 
 from horizon import checkpoints
 from horizon.building import Parts, build_parts
-from horizon.checkpoint.hf_export import Tokenizer
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.saves import Save
 from horizon.config.schema import MemoryConfig
 from horizon.diagnosis import report_dropped

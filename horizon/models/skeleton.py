@@ -22,8 +22,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from horizon.errors import CheckpointError, UnsupportedModelError
+from horizon.models.adapters import check_adapters, unwrapped
 from horizon.models.hf_config import load_config, one_line, refuse_unsupported
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,7 +74,7 @@ def resolve_model(path: str, revision: str | None = None, trust_remote_code: boo
 
 
 def _has_weights(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
     if (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file():
         return True
@@ -115,6 +117,7 @@ def open_model(
         return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
     if isinstance(model, Mapping):
         return build_skeleton(model, trust_remote_code), None
+    model = unwrapped(model)
     return skeleton_from_instance(model), model
 
 
@@ -200,7 +203,8 @@ def skeleton_from_instance(model: PreTrainedModel) -> PreTrainedModel:
     changed on the instance is kept. The model itself is left as it is.
 
     Raises:
-        UnsupportedModelError: not a plain causal LM, or its weights are not its own (device_map, adapters).
+        UnsupportedModelError: not a plain causal LM, its weights are not its own (device_map), or its adapters are not
+            plain LoRA.
     """
     _refuse_instance(model)
     memo: dict[int, Any] = {id(param): _as_meta(param) for param in model.parameters()}
@@ -222,8 +226,7 @@ def _refuse_instance(model: PreTrainedModel) -> None:
     _refuse_bidirectional(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(f"{what} has no language-model head; expected a causal LM")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(f"{what} carries adapters, which are not supported; merge or remove them")
+    check_adapters(model)
     for name, param in model.named_parameters():
         if param.is_meta:
             raise UnsupportedModelError(f"{what} has no values for {name} (meta device); load it without offloading")
