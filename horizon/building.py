@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from horizon.checkpoint.convert import saved_skeleton
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import check_weights
-from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, MemoryConfig, OnNonFinite
+from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, LoraConfig, MemoryConfig, OnNonFinite
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
 from horizon.frozen import FrozenRuntime, build_frozen
+from horizon.models.adapters import Lora
 from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import LAGGED_NOTE, Clipping
@@ -43,7 +44,7 @@ class Parts:
 def build_parts(
     model: Any, *, optimizer: AdamW | ZerothOrder | None, memory: MemoryConfig | None, max_grad_norm: float | None,
     device: str, compute_dtype: str, kernels: str, seed: int, freeze: Sequence[str], on_nonfinite: str, clip: str,
-    revision: str | None, trust_remote_code: bool, self_check: bool,
+    revision: str | None, trust_remote_code: bool, self_check: bool, lora: Lora | None,
 ) -> Parts:  # fmt: skip
     """The parts that `Engine.from_pretrained` describes.
 
@@ -61,7 +62,8 @@ def build_parts(
         optimizer = settings(AdamW, optimizer, "optimizer")
         clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
         clipping.check(optimizer, on_bad)
-    skeleton, weights = open_model(model, revision, trust_remote_code)
+    lora = _wanted(lora, optimizer)
+    skeleton, weights = open_model(model, revision, trust_remote_code, lora)
     if self_check:
         ensure_supported(skeleton.config, trust_remote_code)
     if isinstance(optimizer, ZerothOrder):
@@ -105,7 +107,9 @@ def build_frozen_parts(
     else:
         weights = Checkpoint(checkpoint)
         skeleton = (
-            saved_skeleton(weights) if model is None else open_model(Unloaded(model), revision, trust_remote_code)[0]
+            saved_skeleton(weights)
+            if model is None
+            else open_model(Unloaded(model, weights.manifest.adapter), revision, trust_remote_code)[0]
         )
         check_weights(weights, {name: tuple(p.shape) for name, p in skeleton.named_parameters()})
     if self_check:
@@ -124,11 +128,11 @@ def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
     optim, zo = config.optim, config.zo
     assert optim.lr is not None
     if optim.name == "adamw":
-        _require_defaults(zo, "zo", "adamw", [field.name for field in dataclasses.fields(zo)])
+        _require_defaults(zo, "zo", "optim=adamw", [field.name for field in dataclasses.fields(zo)])
         betas = (optim.beta1, optim.beta2)
         return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments, optim.master)
     if optim.name == "mezo":
-        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "master", "clip"])
+        _require_defaults(optim, "optim", "optim=mezo", ["beta1", "beta2", "eps", "moments", "master", "clip"])
         return ZerothOrder(
             lr=optim.lr, weight_decay=optim.weight_decay, seed=config.seed, eps=zo.eps, queries=zo.queries,
             momentum=zo.momentum, momentum_steps=zo.momentum_steps, master=zo.master,
@@ -137,12 +141,25 @@ def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
     raise ConfigError(f"optim.name={optim.name!r} is unknown; expected adamw or mezo")
 
 
-def _require_defaults(settings: Any, group: str, optimizer: str, names: Sequence[str]) -> None:
+def _require_defaults(settings: Any, group: str, other: str, names: Sequence[str]) -> None:
     defaults = type(settings)()
     for name in names:
         value = getattr(settings, name)
         if value != getattr(defaults, name):
-            raise ConfigError(f"{group}.{name}={value} has no use with optim={optimizer}; leave it out")
+            raise ConfigError(f"{group}.{name}={value} has no use with {other}; leave it out")
+
+
+def _wanted(lora: Lora | None, optimizer: AdamW | ZerothOrder) -> Lora | None:
+    """The adapter that is asked for; the settings of one without a rank are the defaults, or a mistake."""
+    if isinstance(lora, Mapping):
+        return lora
+    found = settings(LoraConfig, lora, "lora")
+    if found.rank is None:
+        _require_defaults(found, "model.lora", "model.lora.rank=null", ["alpha", "targets", "dropout"])
+        return None
+    if found.dropout and isinstance(optimizer, ZerothOrder):
+        raise ConfigError(f"model.lora.dropout={found.dropout}: zeroth-order steps have no dropout; leave it at 0")
+    return found
 
 
 def _no_clipping(max_grad_norm: float | None, clip: str) -> Clipping:

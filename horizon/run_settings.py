@@ -84,6 +84,7 @@ def build_engine(
         "kernels": config.kernels,
         "seed": config.seed,
         "freeze": model.freeze,
+        "lora": model.lora,
         "on_nonfinite": config.train.on_nonfinite,
         "trust_remote_code": model.trust_remote_code,
         "self_check": model.self_check,

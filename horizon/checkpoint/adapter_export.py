@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def export_adapter(
     content = {target: as_meta(skeleton.get_parameter(name).shape, dtype) for name, target in targets.items()}
     with written_folder(folder, sum(map(num_bytes, content.values())), CONFIG) as partial:
         write_shard(partial / WEIGHTS, content, ((target, read(name).to(dtype)) for name, target in targets.items()))
-        saved_config(skeleton).save_pretrained(str(partial))
+        text = json.dumps(saved_config(skeleton), indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))

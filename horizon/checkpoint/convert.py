@@ -24,6 +24,7 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import model_facts
 from horizon.checkpoint.saves import TOKENIZER, commit, saved_buffers
 from horizon.errors import CheckpointError
+from horizon.models.adapters import attach
 from horizon.models.skeleton import build_skeleton, resolve_model
 from horizon.units import GIB
 
@@ -52,6 +53,8 @@ def saved_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         HorizonError: it cannot be built from its config alone.
     """
     skeleton = build_skeleton(checkpoint.manifest.model)
+    if checkpoint.manifest.adapter is not None:
+        attach(skeleton, checkpoint.manifest.adapter)
     checkpoint.fill_buffers(dict(skeleton.named_buffers()))
     if checkpoint.manifest.generation is not None:
         skeleton.generation_config = GenerationConfig.from_dict(checkpoint.manifest.generation)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from horizon.checkpoint.conversion import Group, import_groups
 from horizon.checkpoint.shards import ShardReader, open_shards
 from horizon.errors import CheckpointError
+from horizon.models.adapters import Adapted, draw_adapter
 from horizon.models.hf_config import one_line
 from horizon.models.skeleton import init_parameters, tied_aliases
 
@@ -31,8 +32,14 @@ def load_weights(
 ) -> None:
     """Call `write(name, tensor)` for every parameter: from a folder, from a live model, or (None) with random values.
 
-    Random values are drawn on `device`. Errors are those of `import_weights`.
+    Random values are drawn on `device`, those of a new adapter on the CPU. Errors are those of `import_weights`.
     """
+    if isinstance(weights, Adapted):
+        names = weights.names
+        load_weights(weights.weights, weights.base, lambda name, value: write(names[name], value), device, seed)
+        for name, value in draw_adapter(skeleton, seed):
+            write(name, value)
+        return
     if isinstance(weights, Path):
         import_weights(weights, skeleton, write)
         return

@@ -18,6 +18,7 @@ from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, On
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
+from horizon.models.adapters import attach, lora_settings
 from horizon.models.blocks import BlockModel
 from horizon.models.skeleton import build_skeleton, resolve_model
 from horizon.optim.adamw import AdamW
@@ -73,7 +74,10 @@ def open_skeleton(config: HorizonConfig) -> BlockModel:
     if model.path is not None:
         source = resolve_model(model.path, model.revision, model.trust_remote_code).folder
     described: Path | Mapping[str, Any] = source or {"vocab_size": _vocabulary(config), **model.config}
-    return BlockModel(build_skeleton(described, model.trust_remote_code), model.freeze)
+    skeleton = build_skeleton(described, model.trust_remote_code)
+    if model.lora.rank is not None:
+        attach(skeleton, lora_settings(model.lora, skeleton))
+    return BlockModel(skeleton, model.freeze)
 
 
 def _vocabulary(config: HorizonConfig) -> int:

@@ -6,21 +6,30 @@
 
 With these layers in place a model is one like any other, most of whose parameters do not require gradients: blocks,
 plan and optimizers need to know nothing of adapters. Here is what they must not meet, and what peft calls things on
-disk. Peft is imported only where a model has adapters.
+disk. Peft is imported only where a model has adapters, or is to get one.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import importlib.util
+import json
+import math
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from horizon.errors import UnsupportedModelError
+from horizon.config.schema import LoraConfig
+from horizon.errors import ConfigError, UnsupportedModelError
+from horizon.models.hf_config import one_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Lora: TypeAlias = LoraConfig | Mapping[str, Any]  # settings of Horizon's own, or of peft's LoraConfig
 _WRAPPER = "base_model.model."  # where a PeftModel has the model that it adapts
 
 
@@ -38,6 +47,97 @@ def unwrapped(model: Any) -> Any:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UnsupportedModelError(f"{type(model).__name__} has an adapter of kind {kind}; only LORA is supported")
     return model.get_base_model()
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Where the values of a model come from that has been given an adapter."""
+
+    base: Any  # its skeleton without the adapter
+    weights: Any  # of the base: a folder, a live model, or None where they are to be drawn
+    names: Mapping[str, str]  # name of a parameter in the base -> its name beside the adapter
+
+
+def lora_settings(lora: Lora, model: Any) -> Mapping[str, Any]:
+    """What peft calls these settings, where it is not what they are.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    if isinstance(lora, Mapping):
+        return lora
+    rank, alpha = lora.rank, lora.alpha
+    if rank is None:
+        raise ConfigError("model.lora.rank=null: expected the rank of an adapter, such as 16")
+    if rank < 1 or not 0 <= lora.dropout < 1 or not (alpha is None or 0 < alpha < math.inf):
+        raise ConfigError(
+            f"model.lora: rank={rank}, alpha={alpha}, dropout={lora.dropout}: expected a rank of at least 1, an alpha "
+            "above 0, and a dropout of at least 0 and below 1"
+        )
+    return {
+        "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank if alpha is None else alpha,
+        "lora_dropout": lora.dropout, "target_modules": list(lora.targets) or _linear_layers(model),
+    }  # fmt: skip
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    found = (name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in found})
+
+
+def attach(skeleton: Any, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Give a skeleton an adapter, which is without values, too; all else of it is then frozen.
+
+    Args:
+        settings: of peft's LoraConfig.
+
+    Returns:
+        name of each parameter before -> its name now.
+
+    Raises:
+        ConfigError: peft is not installed, or refuses the settings.
+        UnsupportedModelError: the skeleton has an adapter, or as `check_adapters`.
+    """
+    if _adapted(skeleton):
+        raise UnsupportedModelError(f"{type(skeleton).__name__} has an adapter already; leave out lora, or merge it")
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora needs peft; pip install 'horizon[lora]', or pip install peft")
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    names = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    try:
+        config = PeftConfig(**{**settings, "inference_mode": False, "init_lora_weights": True})
+        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.lora: peft refuses the adapter: {one_line(error)}") from error
+    config.init_lora_weights = settings.get("init_lora_weights", True)  # nothing is initialised here
+    check_adapters(skeleton)
+    return {names[id(p)]: name for name, p in skeleton.named_parameters() if id(p) in names}
+
+
+def draw_adapter(skeleton: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Initial values of an adapter that does nothing yet: A as a linear layer's, B zero, as peft has them.
+
+    A parameter's values depend on the seed and its name only.
+
+    Raises:
+        ConfigError: its settings want other values.
+    """
+    found = adapter_of(skeleton)
+    if found is not None and found[1].init_lora_weights is not True:
+        raise ConfigError(
+            f"init_lora_weights={found[1].init_lora_weights!r}: only true is drawn here; hand over a peft.PeftModel"
+        )
+    for name in saved_form(skeleton):
+        value = torch.zeros(skeleton.get_parameter(name).shape)
+        if ".lora_A." in name:
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        yield name, value
 
 
 def adapter_of(model: Any) -> tuple[str, Any] | None:
@@ -67,9 +167,11 @@ def check_adapters(model: Any) -> None:
             found = type(layer).__name__ if not isinstance(layer, LoraLayer) else "a variant of LoRA (DoRA or such)"
             raise UnsupportedModelError(f"{what}: {path} is {found}; only plain LoRA is supported")
         if isinstance(layer, ParamWrapper):
-            raise UnsupportedModelError(f"{what}: {path} adapts {layer.parameter_name}; adapt linear layers only")
+            raise UnsupportedModelError(
+                f"{what}: {path} adapts {layer.parameter_name}; name targets that are linear layers"
+            )
         if not layer.lora_A:
-            raise UnsupportedModelError(f"{what}: {path} adapts an embedding; adapt linear layers only")
+            raise UnsupportedModelError(f"{what}: {path} adapts an embedding; name targets that are linear layers")
         if layer.merged or layer.disable_adapters:
             state = "merged" if layer.merged else "disabled"
             raise UnsupportedModelError(f"{what}: the adapter of {path} is {state}; unmerge and enable it")
@@ -90,14 +192,20 @@ def saved_form(model: Any) -> dict[str, str]:
     return {names[id(meta)]: _WRAPPER + target for target, meta in saved.items()}
 
 
-def saved_config(model: Any) -> Any:
-    """The adapter's config as peft saves it, a copy."""
+def saved_config(model: Any) -> dict[str, Any] | None:
+    """The adapter's settings as peft saves them, plain JSON values; None where there is no adapter."""
     found = adapter_of(model)
-    assert found is not None
-    config = copy.deepcopy(found[1])
-    config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
-    return config
+    if found is None:
+        return None
+    base = found[1].base_model_name_or_path or getattr(model, "name_or_path", None)
+    settings = {**found[1].to_dict(), "inference_mode": True, "base_model_name_or_path": base}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Peft keeps names of modules in sets."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from horizon.errors import CheckpointError, UnsupportedModelError
-from horizon.models.adapters import check_adapters, unwrapped
+from horizon.models.adapters import Adapted, Lora, adapter_of, attach, check_adapters, lora_settings, unwrapped
 from horizon.models.hf_config import load_config, one_line, refuse_unsupported
 
 CONFIG = "config.json"
@@ -47,6 +47,7 @@ class Unloaded:
     """A model (whatever `open_model` takes) whose weights will come from elsewhere: they are neither read nor drawn."""
 
     source: Any
+    adapter: dict[str, Any] | None = None  # peft's settings of one that the model is given unless it has one
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """None that are there already."""
@@ -100,18 +101,28 @@ def _download(hub_id: str, revision: str | None, trust_remote_code: bool) -> Pat
 
 
 def open_model(
-    model: Any, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Path | PreTrainedModel | Unloaded | None]:
+    model: Any, revision: str | None = None, trust_remote_code: bool = False, lora: Lora | None = None
+) -> tuple[PreTrainedModel, Path | PreTrainedModel | Unloaded | Adapted | None]:
     """The skeleton of whatever names a model (a folder, a hub id, a mapping, a live model), and where its weights are.
+
+    Args:
+        lora: of an adapter that it is given, or all that peft calls its settings; None: none.
 
     Returns:
         the skeleton, and the folder or live model that has the weights, or None where they are to be drawn at random.
 
     Raises:
-        HorizonError: as `resolve_model`, `build_skeleton` and `skeleton_from_instance`.
+        HorizonError: as `resolve_model`, `build_skeleton`, `skeleton_from_instance` and `attach`.
     """
     if isinstance(model, Unloaded):
-        return open_model(model.source, revision, trust_remote_code)[0], model
+        skeleton = open_model(model.source, revision, trust_remote_code, lora)[0]
+        if model.adapter is not None and lora is None and adapter_of(skeleton) is None:
+            attach(skeleton, model.adapter)
+        return skeleton, model
+    if lora is not None:
+        base, weights = open_model(model, revision, trust_remote_code)
+        skeleton = copy.deepcopy(base, {id(buffer): buffer for buffer in base.buffers()})  # files may hold buffers, too
+        return skeleton, Adapted(base, weights, attach(skeleton, lora_settings(lora, skeleton)))
     if isinstance(model, str | Path):
         source = resolve_model(str(model), revision, trust_remote_code)
         return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
