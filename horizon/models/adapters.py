@@ -210,7 +210,7 @@ def _plain(value: Any) -> Any:
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
     """Modules that peft has put where others were, by path."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
