@@ -20,7 +20,7 @@ from horizon.config.schema import Clip, ComputeDtype, HorizonConfig, Kernels, Lo
 from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
 from horizon.frozen import FrozenRuntime, build_frozen
-from horizon.models.adapters import Lora
+from horizon.models.adapters import Lora, check_lora
 from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import LAGGED_NOTE, Clipping
@@ -62,7 +62,7 @@ def build_parts(
         optimizer = settings(AdamW, optimizer, "optimizer")
         clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
         clipping.check(optimizer, on_bad)
-    lora = _wanted(lora, optimizer)
+    lora = wanted_adapter(lora, optimizer)
     skeleton, weights = open_model(model, revision, trust_remote_code, lora)
     if self_check:
         ensure_supported(skeleton.config, trust_remote_code)
@@ -149,14 +149,19 @@ def _require_defaults(settings: Any, group: str, other: str, names: Sequence[str
             raise ConfigError(f"{group}.{name}={value} has no use with {other}; leave it out")
 
 
-def _wanted(lora: Lora | None, optimizer: AdamW | ZerothOrder) -> Lora | None:
-    """The adapter that is asked for; the settings of one without a rank are the defaults, or a mistake."""
+def wanted_adapter(lora: Lora | None, optimizer: AdamW | ZerothOrder) -> Lora | None:
+    """The adapter that is asked for; None where its settings have no rank.
+
+    Raises:
+        ConfigError: a value that cannot work, or that has no use here; peft is not installed.
+    """
     if isinstance(lora, Mapping):
         return lora
     found = settings(LoraConfig, lora, "lora")
     if found.rank is None:
         _require_defaults(found, "model.lora", "model.lora.rank=null", ["alpha", "targets", "dropout"])
         return None
+    check_lora(found)
     if found.dropout and isinstance(optimizer, ZerothOrder):
         raise ConfigError(f"model.lora.dropout={found.dropout}: zeroth-order steps have no dropout; leave it at 0")
     return found

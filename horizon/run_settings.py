@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horizon.building import make_optimizer
+from horizon.building import make_optimizer, wanted_adapter
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
 from horizon.evaluation import check_eval_settings
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
+LR_ADAPTER = 1e-4  # optim.lr=null, model.lora
 LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
+LR_ZEROTH_ORDER_ADAPTER = 5e-5  # optim.lr=null, optim=mezo, model.lora
 
 
 def check_settings(config: HorizonConfig) -> None:
@@ -40,7 +42,7 @@ def check_settings(config: HorizonConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"train.{key}={value} must be at least {least}")
-    make_optimizer(with_lr(config, None))
+    wanted_adapter(config.model.lora, make_optimizer(with_lr(config, None)))
     if config.trace:
         require_matplotlib()
     require_trackers(config.trackers)
@@ -51,11 +53,14 @@ def check_settings(config: HorizonConfig) -> None:
 
 
 def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
-    """The settings with `optim.lr`, when it is null, replaced by a rate that suits trained or random weights."""
+    """The settings with `optim.lr`, when it is null, replaced by a rate that suits what is trained."""
+    adapts = config.model.lora.rank is not None
     if config.optim.lr is not None:
         return config
     if config.optim.name == "mezo":
-        lr = LR_ZEROTH_ORDER
+        lr = LR_ZEROTH_ORDER_ADAPTER if adapts else LR_ZEROTH_ORDER
+    elif adapts:
+        lr = LR_ADAPTER
     else:
         lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))

@@ -58,24 +58,38 @@ class Adapted:
     names: Mapping[str, str]  # name of a parameter in the base -> its name beside the adapter
 
 
+def check_lora(lora: LoraConfig) -> None:
+    """Refuse settings of an adapter that cannot work.
+
+    Raises:
+        ConfigError: naming them; or peft is not installed.
+    """
+    rank, alpha, dropout = lora.rank, lora.alpha, lora.dropout
+    if rank is None or rank < 1 or not 0 <= dropout < 1 or not (alpha is None or 0 < alpha < math.inf):
+        raise ConfigError(
+            f"model.lora: rank={rank}, alpha={alpha}, dropout={dropout}: expected a rank of at least 1, an alpha above "
+            "0, and a dropout of at least 0 and below 1"
+        )
+    _require_peft()
+
+
+def _require_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora needs peft; pip install 'horizon[lora]', or pip install peft")
+
+
 def lora_settings(lora: Lora, model: Any) -> Mapping[str, Any]:
     """What peft calls these settings, where it is not what they are.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: as `check_lora`.
     """
     if isinstance(lora, Mapping):
         return lora
-    rank, alpha = lora.rank, lora.alpha
-    if rank is None:
-        raise ConfigError("model.lora.rank=null: expected the rank of an adapter, such as 16")
-    if rank < 1 or not 0 <= lora.dropout < 1 or not (alpha is None or 0 < alpha < math.inf):
-        raise ConfigError(
-            f"model.lora: rank={rank}, alpha={alpha}, dropout={lora.dropout}: expected a rank of at least 1, an alpha "
-            "above 0, and a dropout of at least 0 and below 1"
-        )
+    check_lora(lora)
+    assert lora.rank is not None
     return {
-        "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank if alpha is None else alpha,
+        "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": 2 * lora.rank if lora.alpha is None else lora.alpha,
         "lora_dropout": lora.dropout, "target_modules": list(lora.targets) or _linear_layers(model),
     }  # fmt: skip
 
@@ -102,8 +116,7 @@ def attach(skeleton: Any, settings: Mapping[str, Any]) -> dict[str, str]:
     """
     if _adapted(skeleton):
         raise UnsupportedModelError(f"{type(skeleton).__name__} has an adapter already; leave out lora, or merge it")
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigError("model.lora needs peft; pip install 'horizon[lora]', or pip install peft")
+    _require_peft()
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
