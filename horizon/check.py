@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig, ModelConfig
 from horizon.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon.models.hf_config import load_config
-from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model, skeleton_from_instance
+from horizon.models.skeleton import build_skeleton, init_parameters, skeleton_from_instance
+from horizon.models.sources import resolve_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.runtime import Runtime, build_runtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from horizon.data.tokenizer import given_tokenizer
 from horizon.engine import Engine
 from horizon.errors import ConfigError
-from horizon.models.skeleton import resolve_model
+from horizon.models.sources import resolve_model
 from horizon.zo.replay import read_log
 
 

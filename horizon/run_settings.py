@@ -10,7 +10,7 @@ from horizon.building import make_optimizer, wanted_adapter
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
 from horizon.evaluation import check_eval_settings
-from horizon.models.skeleton import ModelSource
+from horizon.models.sources import ModelSource
 from horizon.report.trace import require_matplotlib
 from horizon.report.trackers import require_trackers
 from horizon.run_checkpoints import check_checkpoint_settings
@@ -96,7 +96,7 @@ def build_engine(
     }
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     made = {"vocab_size": len(tokenizer), **special, **model.config}
-    what = made if source is None else str(source.folder)
+    what = made if source is None else str(source.named)
     if checkpoint is None or optim.name == "mezo":  # whose log is replayed later
         return Engine.from_pretrained(what, **settings)
     return Engine.load_checkpoint(checkpoint, model=what, weights_only=config.resume_weights_only, **settings)

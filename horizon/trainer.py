@@ -18,7 +18,7 @@ from horizon.data import Loader, TextData, load_run_data
 from horizon.errors import BudgetError, ConfigError
 from horizon.evaluation import Evaluation, HeldOut, check_held_out, describe_eval
 from horizon.interrupts import Interrupts
-from horizon.models.skeleton import resolve_model
+from horizon.models.sources import resolve_model
 from horizon.optim.clipping import Clipping
 from horizon.optim.schedule import learning_rate
 from horizon.records import RunSummary, StepRow, StepSplit

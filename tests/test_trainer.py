@@ -25,7 +25,7 @@ from horizon.config.schema import (
 )
 from horizon.engine import Engine
 from horizon.errors import BudgetError, CheckpointError, ConfigError
-from horizon.models.skeleton import ModelSource
+from horizon.models.sources import ModelSource
 from horizon.plan.memory import Limits
 from horizon.records import StepSplit, Traffic
 from horizon.run_settings import LR_RANDOM, check_settings, with_lr

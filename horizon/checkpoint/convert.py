@@ -25,7 +25,8 @@ from horizon.checkpoint.restore import model_facts
 from horizon.checkpoint.saves import TOKENIZER, commit, saved_buffers
 from horizon.errors import CheckpointError
 from horizon.models.adapters import attach
-from horizon.models.skeleton import build_skeleton, resolve_model
+from horizon.models.skeleton import build_skeleton
+from horizon.models.sources import resolve_model
 from horizon.units import GIB
 
 _TOKENIZER_FILES = re.compile(
@@ -81,8 +82,10 @@ def import_model(source: Path, target: Path) -> Manifest:
         CheckpointError: the folder has no weights, they do not fit its config, or the target cannot be written.
         UnsupportedModelError: the architecture is unknown or needs code of its own.
     """
-    if not resolve_model(str(source)).has_weights:
-        raise CheckpointError(f"{source} has no weights; expected a Hugging Face folder with safetensors")
+    found = resolve_model(str(source))
+    if found.adapter is not None or not found.has_weights:
+        what = "has no weights" if found.adapter is None else f"is an adapter of {found.folder}"
+        raise CheckpointError(f"{source} {what}; expected a Hugging Face folder with safetensors")
     skeleton = build_skeleton(source)
     specs = {name: ArraySpec(name, MASTER_KIND, tuple(p.shape), "float32") for name, p in skeleton.named_parameters()}
     buffers = saved_buffers(skeleton)

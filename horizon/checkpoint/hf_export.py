@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from horizon.checkpoint.adapter_export import export_adapter
+from horizon.checkpoint.adapter_files import export_adapter
 from horizon.checkpoint.conversion import Group, as_meta, export_groups
 from horizon.checkpoint.model_folder import Tokenizer, written_folder
 from horizon.checkpoint.shards import num_bytes, write_shard
 from horizon.models.adapters import adapter_of
-from horizon.models.skeleton import CONFIG, WEIGHTS, WEIGHTS_INDEX, tied_aliases
+from horizon.models.skeleton import tied_aliases
+from horizon.models.sources import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from horizon.units import GIB
 
 

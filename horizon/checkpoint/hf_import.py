@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from horizon.checkpoint.adapter_files import import_adapter
 from horizon.checkpoint.conversion import Group, import_groups
 from horizon.checkpoint.shards import ShardReader, open_shards
 from horizon.errors import CheckpointError
@@ -37,6 +38,9 @@ def load_weights(
     if isinstance(weights, Adapted):
         names = weights.names
         load_weights(weights.weights, weights.base, lambda name, value: write(names[name], value), device, seed)
+        if weights.folder is not None:
+            import_adapter(weights.folder, skeleton, write)
+            return
         for name, value in draw_adapter(skeleton, seed):
             write(name, value)
         return

@@ -23,7 +23,7 @@ from torch import Tensor
 from horizon.checkpoint.conversion import as_meta
 from horizon.errors import CheckpointError
 from horizon.models.hf_config import one_line, read_json
-from horizon.models.skeleton import WEIGHTS, WEIGHTS_INDEX
+from horizon.models.sources import WEIGHTS, WEIGHTS_INDEX
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -49,6 +49,14 @@ def open_shards(folder: Path) -> Iterator[ShardReader]:
                 raise CheckpointError(f"{min(twice)} is both in {files[min(twice)].path} and in {path}")
             files |= dict.fromkeys(file.names, file)
         yield ShardReader(files)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[ShardReader]:
+    """The tensors of one file, while the context lasts; errors as `open_shards`."""
+    with ExitStack() as stack:
+        file = _open(path, set(), stack)
+        yield ShardReader(dict.fromkeys(file.names, file))
 
 
 @dataclass(frozen=True, slots=True)

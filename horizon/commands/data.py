@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
 
     from horizon.data import load_run_data  # after misspelt settings had their chance: loads transformers
     from horizon.data.preview import preview
-    from horizon.models.skeleton import resolve_model
+    from horizon.models.sources import resolve_model
     from horizon.run_settings import check_settings
 
     check_settings(config)

@@ -21,7 +21,7 @@ from horizon.data.sources import OpenSource, open_sources, open_validation
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import DataError
 from horizon.models.hf_config import load_config
-from horizon.models.skeleton import ModelSource
+from horizon.models.sources import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def load_run_data(config: HorizonConfig, source: ModelSource | None) -> TextData
         config.data,
         seq_len=config.train.seq_len,
         seed=config.seed,
-        model_folder=None if source is None else source.folder,
+        model_folder=None if source is None else source.tokenizer_folder,
         vocab_limit=vocab_limit,
         trust_remote_code=trust,
     )

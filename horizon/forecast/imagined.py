@@ -5,10 +5,9 @@ Nothing is allocated and no weights are read; the model is a skeleton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,9 +17,8 @@ from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, On
 from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
-from horizon.models.adapters import attach, lora_settings
 from horizon.models.blocks import BlockModel
-from horizon.models.skeleton import build_skeleton, resolve_model
+from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import Clipping
 from horizon.plan.activations import ActivationPlan
@@ -68,15 +66,12 @@ def open_skeleton(config: HorizonConfig) -> BlockModel:
     Raises:
         HorizonError: it cannot be read or trained, as when training it.
     """
-    model, source = config.model, None
+    model, lora = config.model, config.model.lora
     if model.path is None and not model.config:
         raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
-    if model.path is not None:
-        source = resolve_model(model.path, model.revision, model.trust_remote_code).folder
-    described: Path | Mapping[str, Any] = source or {"vocab_size": _vocabulary(config), **model.config}
-    skeleton = build_skeleton(described, model.trust_remote_code)
-    if model.lora.rank is not None:
-        attach(skeleton, lora_settings(model.lora, skeleton))
+    named = model.path or {"vocab_size": _vocabulary(config), **model.config}
+    adapter = None if lora.rank is None else lora
+    skeleton, _ = open_model(Unloaded(named), model.revision, model.trust_remote_code, adapter)
     return BlockModel(skeleton, model.freeze)
 
 

@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -28,7 +29,6 @@ from horizon.config.schema import LoraConfig
 from horizon.errors import ConfigError, UnsupportedModelError
 from horizon.models.hf_config import one_line
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]  # settings of Horizon's own, or of peft's LoraConfig
 _WRAPPER = "base_model.model."  # where a PeftModel has the model that it adapts
 
@@ -56,6 +56,7 @@ class Adapted:
     base: Any  # its skeleton without the adapter
     weights: Any  # of the base: a folder, a live model, or None where they are to be drawn
     names: Mapping[str, str]  # name of a parameter in the base -> its name beside the adapter
+    folder: Path | None = None  # that has the adapter; None: it is new
 
 
 def check_lora(lora: LoraConfig) -> None:

@@ -23,23 +23,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from horizon.errors import CheckpointError, UnsupportedModelError
 from horizon.models.adapters import Adapted, Lora, adapter_of, attach, check_adapters, lora_settings, unwrapped
-from horizon.models.hf_config import load_config, one_line, refuse_unsupported
+from horizon.models.hf_config import load_config, one_line, read_json, refuse_unsupported
+from horizon.models.sources import ADAPTER_CONFIG, resolve_model
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("model.safetensors", "model-*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "*.model")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MASTER = torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """A local model folder."""
-
-    folder: Path
-    has_weights: bool  # False: only a config.json, the weights are to be drawn at random
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,52 +39,6 @@ class Unloaded:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """None that are there already."""
         return iter(())
-
-
-def resolve_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """The folder that `path` means: an existing folder, or a hub id `org/name`, which is downloaded (and cached).
-
-    Raises:
-        CheckpointError: no such folder, no config.json in it, weights in a format that is not read, or the hub
-            does not give the model.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return ModelSource(folder, _has_weights(folder))
-    is_hub_id = _HUB_ID.fullmatch(path) is not None and not folder.parent.exists()
-    if folder.exists() or not is_hub_id:
-        found = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"no such folder: model.path={path!r} {found}; expected a folder or a hub id org/name")
-    source = ModelSource(_download(path, revision, trust_remote_code), has_weights=True)
-    if not _has_weights(source.folder):
-        raise CheckpointError(f"the hub model {path!r} has no safetensors weights; name one that has")
-    return source
-
-
-def _has_weights(folder: Path) -> bool:
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
-    if (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file():
-        return True
-    others = sorted(folder.glob("*.safetensors"))
-    if others:
-        raise CheckpointError(f"{folder} has {others[0].name} but neither {WEIGHTS} nor {WEIGHTS_INDEX}")
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
-    if pickles:
-        raise CheckpointError(f"{folder / pickles[0]} is a pickle, which is not loaded; convert it to safetensors")
-    return False
-
-
-def _download(hub_id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download  # here: only a hub id needs it
-
-    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else list(_HUB_FILES)
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
-    except Exception as error:  # network, authorization and disk errors of several libraries
-        raise CheckpointError(
-            f"model.path={hub_id!r} is no folder here and the hub did not give it: {one_line(error)}"
-        ) from error
 
 
 def open_model(
@@ -121,15 +62,25 @@ def open_model(
         return skeleton, model
     if lora is not None:
         base, weights = open_model(model, revision, trust_remote_code)
-        skeleton = copy.deepcopy(base, {id(buffer): buffer for buffer in base.buffers()})  # files may hold buffers, too
-        return skeleton, Adapted(base, weights, attach(skeleton, lora_settings(lora, skeleton)))
+        return _adapted(base, weights, lora_settings(lora, base), None)
     if isinstance(model, str | Path):
         source = resolve_model(str(model), revision, trust_remote_code)
-        return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+        base, weights = build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+        if source.adapter is None:
+            return base, weights
+        return _adapted(base, weights, read_json(source.adapter / ADAPTER_CONFIG), source.adapter)
     if isinstance(model, Mapping):
         return build_skeleton(model, trust_remote_code), None
     model = unwrapped(model)
     return skeleton_from_instance(model), model
+
+
+def _adapted(
+    base: PreTrainedModel, weights: Any, settings: Mapping[str, Any], folder: Path | None
+) -> tuple[PreTrainedModel, Adapted]:
+    """A skeleton with an adapter, and where its values are; see `Adapted`."""
+    skeleton = copy.deepcopy(base, {id(buffer): buffer for buffer in base.buffers()})  # files may hold buffers, too
+    return skeleton, Adapted(base, weights, attach(skeleton, settings), folder)
 
 
 def build_skeleton(

@@ -328,13 +328,11 @@ def gradient_slot_elements(
 
     The gradient of a block in HBM stays in a buffer of its own and needs no drain slot. In fp32 it is summed there,
     and those of other blocks in a drain slot, unless the block in HBM also has a share in another block's gradient.
-    A model of which nothing is trained needs neither.
+    What is frozen needs neither.
     """
-    if not any(lay.num_trainable for lay in layouts):
-        return 0, 0
-    drain = max((lay.num_slot_elements for lay in layouts if lay.index not in in_hbm), default=0)
+    drain = max((lay.num_grad_elements for lay in layouts if lay.index not in in_hbm), default=0)
     summed = [lay for lay in layouts if grad_dtype is not torch.float32 or (lay.index in in_hbm and lay.borrowed)]
-    return drain, max((lay.num_slot_elements for lay in summed), default=0)
+    return drain, max((lay.num_grad_elements for lay in summed), default=0)
 
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:

@@ -42,7 +42,7 @@ class GradientSink(Protocol):
 
 @dataclass(slots=True)
 class _DrainSlot:
-    flat: Tensor  # [largest block's slot elements], host gradient dtype
+    flat: Tensor  # [elements of the largest block's gradients], host gradient dtype
     drained: Any = None  # on the drain stream, after the copy to the host
 
 
@@ -129,7 +129,7 @@ class GradientSlots:
 
     def rehearse(self, block: int, single: bool = False) -> None:
         """As `open`, for gradients that are dropped: in memory that keeps none, and with no buffer claimed."""
-        size, slot = self._layouts[block].num_slot_elements, self._slot
+        size, slot = self._layouts[block].num_grad_elements, self._slot
         dtype = self._buffers.dtype if single else torch.float32
         target = self._sum.view(dtype)
         if target.numel() < size and slot.flat.dtype is dtype and slot.flat.numel() >= size:

@@ -1,12 +1,17 @@
 """Checkpoints of a model with a LoRA adapter: resumed bit for bit, exported as peft's folder, used as they are."""
 
+import json
+
 import pytest
 import torch
 
 import horizon
+from horizon.checkpoint.convert import import_model
 from horizon.checkpoint.manifest import read_manifest
 from horizon.commands.checkpoint import export_command
+from horizon.data.tokenizer import byte_tokenizer
 from horizon.errors import CheckpointError
+from horizon.models.sources import resolve_model
 from tests.parity.adapters import adapted, peft
 from tests.parity.reference import assert_same_tensors, build, engine_for, plain
 
@@ -90,3 +95,78 @@ def test_a_live_model_with_an_adapter_is_saved_and_resumed(tmp_path):
         engine.restore(tmp_path / "checkpoint")
         run(engine, 2, 2)
         assert_same_tensors(dict(engine.named_master_parameters()), expected)
+
+
+# ---- peft's folder as a model
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder of peft's, beside its base."""
+    build("llama").save_pretrained(tmp_path / "base")
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def rewrite(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_of_pefts_is_the_adapter_on_its_base_and_trains_on(adapter):
+    folder, model = adapter
+    with engine_for(model) as engine:
+        run(engine, 1, 2)
+        expected = dict(engine.named_master_parameters())
+    with engine_for(str(folder)) as engine:
+        run(engine, 1, 2)
+        assert_same_tensors(dict(engine.named_master_parameters()), expected)
+    source, base = resolve_model(str(folder)), folder.parent / "base"
+    assert (source.named, source.folder, source.tokenizer_folder) == (folder, base, base)
+
+
+def test_the_tokenizer_beside_an_adapter_is_its_own(adapter):
+    folder, _ = adapter
+    byte_tokenizer().save_pretrained(str(folder))
+    assert resolve_model(str(folder)).tokenizer_folder == folder
+
+
+def test_another_models_adapter_is_refused_by_tensor(adapter):
+    folder, _ = adapter
+    rewrite(folder, target_modules=["q_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors: .*mlp.down_proj.* is not in the adapter of this"
+    ):
+        engine_for(str(folder))
+    rewrite(folder, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r=2)
+    with pytest.raises(CheckpointError, match=r"lora_A.weight has shape \(4, 32\), expected \(2, 32\)"):
+        engine_for(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, r"names no base model"),
+        ("/nowhere", r"is an adapter of /nowhere, .*no such folder"),
+    ],
+)
+def test_without_its_base_an_adapter_is_refused(base, message, adapter):
+    folder, _ = adapter
+    rewrite(folder, base_model_name_or_path=base)
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(str(folder))
+
+
+def test_a_pickled_adapter_is_refused(adapter):
+    folder, _ = adapter
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"is an adapter without adapter_model.safetensors; save it as"):
+        resolve_model(str(folder))
+
+
+def test_an_adapter_alone_is_not_imported(adapter):
+    folder, _ = adapter
+    with pytest.raises(CheckpointError, match=r"is an adapter of .*base; expected a Hugging Face folder"):
+        import_model(folder, folder.parent / "checkpoint")

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from horizon.errors import CheckpointError, ConfigError, UnsupportedModelError
-from horizon.models.skeleton import build_skeleton, init_parameters, resolve_model, skeleton_from_instance, tied_aliases
+from horizon.models.skeleton import build_skeleton, init_parameters, skeleton_from_instance, tied_aliases
+from horizon.models.sources import resolve_model
 
 TINY = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
