@@ -62,4 +62,6 @@ def test_the_frozen_base_has_neither_moments_nor_gradients():
         lines = {line.purpose: line.num_bytes for line in engine.plan.lines if line.tier == "host"}
         assert lines["exp_avg, exp_avg_sq (fp32)"] == 8 * prefixes
         assert lines["gradients"] == 4 * prefixes
+        slots = {line.purpose: line.num_bytes for line in engine.plan.lines if line.tier == "device"}
+        assert slots["gradient slots"] == 2 * 4 * max(layout.num_trainable for layout in layouts)
         assert all(store.states(lay.index)["exp_avg"].numel() == lay.num_trainable for lay in layouts)
