@@ -82,9 +82,9 @@ class Engine(InferenceEngine):
         """An engine for a Hugging Face causal LM.
 
         Args:
-            model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
-                live transformers model, whose weights are copied and which is left as it is; a `peft.PeftModel` with a
-                LoRA adapter, too.
+            model: a folder (with only a config.json: random weights; with peft's adapter: that on its base), a hub
+                id, a transformers config as a dict, or a live transformers model, whose weights are copied and which is
+                left as it is; a `peft.PeftModel` with a LoRA adapter, too.
             optimizer: settings of AdamW or of zeroth-order steps; default `AdamW()`.
             memory: budgets and slots; default `MemoryConfig()`.
             max_grad_norm: of AdamW: clip the global gradient norm to this; None: no clipping, less host memory.

@@ -192,6 +192,9 @@ def check_adapters(model: Any) -> None:
     config = model.peft_config[names[0]]
     if config.bias != "none":
         raise UnsupportedModelError(f"{what}: bias={config.bias!r} trains biases of the base; only 'none' is supported")
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    if beside:
+        raise UnsupportedModelError(f"{what}: {beside[0]} is trained, but not saved with the adapter; freeze it")
 
 
 def saved_form(model: Any) -> dict[str, str]:

@@ -36,7 +36,14 @@ def disabled():
     return model
 
 
+def unfrozen():
+    model = adapted()
+    model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
+    return model
+
+
 REFUSED = {
+    "part of the base": (unfrozen, r"model.norm.weight is trained, but not saved with the adapter; freeze it"),
     "two adapters": (two_adapters, r"has 2 adapters \(default, other\); delete all but one"),
     "merged": (merged, r"the adapter of model.layers.0.self_attn.q_proj is merged; unmerge"),
     "disabled": (disabled, r"is disabled; unmerge and enable it"),
