@@ -344,7 +344,8 @@ def test_plan_foretells_zeroth_order_steps(horizon):
     assert refused.returncode == 1 and json.loads(refused.stdout)["refusal"]["tier"] == "host"
 
 
-HEAVY = "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "sklearn", "tensorstore", "torchvision", "triton"
+# not accelerate, which comes with peft: where it is installed, transformers itself imports it
+HEAVY = "liger_kernel", "matplotlib", "numba", "pandas", "peft", "sklearn", "tensorstore", "torchvision", "triton"
 
 
 def test_planning_imports_nothing_that_only_training_needs(tmp_path):
