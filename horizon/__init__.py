@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from horizon import errors
-    from horizon.config.schema import MemoryConfig, SimulatedCxl, TierRule
+    from horizon.config.schema import LoraConfig, MemoryConfig, SimulatedCxl, TierRule
     from horizon.engine import Engine
     from horizon.inference import InferenceEngine
     from horizon.optim.adamw import AdamW
@@ -24,6 +24,7 @@ __all__ = [
     "Callback",
     "Engine",
     "InferenceEngine",
+    "LoraConfig",
     "MemoryConfig",
     "SimulatedCxl",
     "TierRule",
@@ -38,6 +39,7 @@ _HOMES = {
     "Callback": "horizon.report.callbacks",
     "Engine": "horizon.engine",
     "InferenceEngine": "horizon.inference",
+    "LoraConfig": "horizon.config.schema",
     "MemoryConfig": "horizon.config.schema",
     "TierRule": "horizon.config.schema",
     "SimulatedCxl": "horizon.config.schema",

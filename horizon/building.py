@@ -21,6 +21,7 @@ from horizon.config.values import choice, patterns, settings
 from horizon.errors import ConfigError
 from horizon.forecast.here import measured_threads
 from horizon.frozen import FrozenRuntime, build_frozen
+from horizon.models.lora import Lora, wanted_adapter
 from horizon.models.skeleton import Unloaded, open_model
 from horizon.optim.adamw import AdamW
 from horizon.optim.clipping import LAGGED_NOTE, Clipping
@@ -44,7 +45,7 @@ class Parts:
 def build_parts(
     model: Any, *, optimizer: AdamW | ZerothOrder | None, memory: MemoryConfig | None, max_grad_norm: float | None,
     device: str, compute_dtype: str, kernels: str, seed: int, freeze: Sequence[str], on_nonfinite: str, clip: str,
-    revision: str | None, trust_remote_code: bool, self_check: bool,
+    revision: str | None, trust_remote_code: bool, self_check: bool, lora: Lora | None,
 ) -> Parts:  # fmt: skip
     """The parts that `Engine.from_pretrained` describes.
 
@@ -62,7 +63,8 @@ def build_parts(
         optimizer = settings(AdamW, optimizer, "optimizer")
         clipping = Clipping(max_grad_norm, choice(Clip, clip, "clip"))
         clipping.check(optimizer, on_bad)
-    skeleton, weights = open_model(model, revision, trust_remote_code)
+    lora = wanted_adapter(lora, isinstance(optimizer, ZerothOrder))
+    skeleton, weights = open_model(model, revision, trust_remote_code, lora)
     if self_check:
         ensure_supported(skeleton.config, trust_remote_code)
     if isinstance(optimizer, ZerothOrder):
@@ -108,7 +110,9 @@ def build_frozen_parts(
     else:
         weights = Checkpoint(checkpoint)
         skeleton = (
-            saved_skeleton(weights) if model is None else open_model(Unloaded(model), revision, trust_remote_code)[0]
+            saved_skeleton(weights)
+            if model is None
+            else open_model(Unloaded(model, weights.manifest.adapter), revision, trust_remote_code)[0]
         )
         check_weights(weights, {name: tuple(p.shape) for name, p in skeleton.named_parameters()})
     if self_check:

@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from horizon import __version__
-from horizon.checkpoint.hf_export import Tokenizer, export_model
+from horizon.checkpoint.hf_export import export_model
 from horizon.checkpoint.manifest import Manifest, read_manifest
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import (
     check_same,
@@ -82,7 +83,8 @@ def load(build: Callable[..., E], folder: str | Path, model: Any, weights_only: 
     """An engine that `build` makes without weights, and that goes on from a checkpoint."""
     manifest = read_manifest(Path(folder))
     defaults = {"optimizer": saved_optimizer(manifest), "seed": manifest.seed}
-    engine = build(Unloaded(manifest.model if model is None else model), **{**defaults, **settings})
+    source = Unloaded(manifest.model if model is None else model, manifest.adapter)
+    engine = build(source, **{**defaults, **settings})
     try:
         engine.restore(folder, weights_only=weights_only)
     except BaseException:
@@ -105,7 +107,7 @@ def restore(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, weights_o
     manifest, skeleton = checkpoint.manifest, runtime.model.skeleton
     whole = manifest.optimizer is not None and not weights_only
     if whole:
-        check_same(checkpoint, layouts, skeleton.config, runtime.optimizer)
+        check_same(checkpoint, layouts, skeleton, runtime.optimizer)
     check_weights(checkpoint, {p.name: p.spec.shape for lay in layouts for p in lay.params})
 
     def fill(store: HostStore) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from horizon import checkpoints
 from horizon.building import Parts, build_parts
-from horizon.checkpoint.hf_export import Tokenizer
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.saves import Save
-from horizon.config.schema import MemoryConfig
+from horizon.config.schema import LoraConfig, MemoryConfig
 from horizon.diagnosis import report_dropped
 from horizon.errors import BatchError, ConfigError, HorizonError
 from horizon.inference import InferenceEngine
@@ -72,6 +72,7 @@ class Engine(InferenceEngine):
         kernels: str = "auto",
         seed: int = 0,
         freeze: Sequence[str] = (),
+        lora: LoraConfig | Mapping[str, Any] | None = None,
         on_nonfinite: str = "stop",
         clip: str = "exact",
         revision: str | None = None,
@@ -81,8 +82,9 @@ class Engine(InferenceEngine):
         """An engine for a Hugging Face causal LM.
 
         Args:
-            model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
-                live transformers model, whose weights are copied and which is left as it is.
+            model: a folder (with only a config.json: random weights; with peft's adapter: that on its base), a hub
+                id, a transformers config as a dict, or a live transformers model, whose weights are copied and which is
+                left as it is; a `peft.PeftModel` with a LoRA adapter, too.
             optimizer: settings of AdamW or of zeroth-order steps; default `AdamW()`.
             memory: budgets and slots; default `MemoryConfig()`.
             max_grad_norm: of AdamW: clip the global gradient norm to this; None: no clipping, less host memory.
@@ -91,6 +93,7 @@ class Engine(InferenceEngine):
             kernels: "auto" (Liger's where installed, on a GPU), "liger" or "torch".
             seed: of random weights and dropout.
             freeze: parameter name patterns that are not trained.
+            lora: of an adapter to train instead of the model, or as a dict what peft calls its settings; needs peft.
             on_nonfinite: "stop" raises at a NaN loss or gradient, "skip" drops the step.
             clip: "exact" updates when the norm is known; "speculative" begins before, and where the norm then clips,
                 takes back what it did, up to rounding; "lagged" clips to the norm of the step before.
@@ -102,7 +105,7 @@ class Engine(InferenceEngine):
         parts = build_parts(
             model, optimizer=optimizer, memory=memory, max_grad_norm=max_grad_norm, device=device, clip=clip,
             compute_dtype=compute_dtype, kernels=kernels, seed=seed, freeze=freeze, on_nonfinite=on_nonfinite,
-            revision=revision, trust_remote_code=trust_remote_code, self_check=self_check,
+            revision=revision, trust_remote_code=trust_remote_code, self_check=self_check, lora=lora,
         )  # fmt: skip
         return cls(parts, seed)
 
@@ -200,7 +203,7 @@ class Engine(InferenceEngine):
         return runtime.read_gradients()
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> None:
-        """Write a Hugging Face folder from the masters, tensor by tensor.
+        """Write a Hugging Face folder from the masters, tensor by tensor; of a model with an adapter, peft's of that.
 
         Args:
             dtype: of the saved tensors: "float32" keeps the masters exactly, "bfloat16" halves the size.

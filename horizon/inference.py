@@ -57,8 +57,9 @@ class InferenceEngine:
         """An engine for a Hugging Face causal LM.
 
         Args:
-            model: a folder (with only a config.json: random weights), a hub id, a transformers config as a dict, or a
-                live transformers model, whose weights are copied and which is left as it is.
+            model: a folder (with only a config.json: random weights; with peft's adapter: that on its base), a hub
+                id, a transformers config as a dict, or a live transformers model, whose weights are copied and which is
+                left as it is; a `peft.PeftModel` with a LoRA adapter, too.
             memory: budgets and slots; default `MemoryConfig()`.
             device: "auto", "cpu", "cuda" or "cuda:1".
             compute_dtype: "auto" (bfloat16 on a GPU, float32 on CPU), "bfloat16" or "float32".

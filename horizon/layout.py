@@ -82,6 +82,12 @@ class BlockLayout:
     def trainable(self) -> tuple[Param, ...]:
         return tuple(p for p in self.params if p.spec.trainable)
 
+    @property
+    def num_grad_elements(self) -> int:
+        """Elements a slot needs to hold the gradients that the block produces, at the offsets of its parameters."""
+        ends = (b.end for b in self.borrowed if b.param.spec.trainable)
+        return align_up(max((self.num_trainable, *ends)), BLOCK_ALIGN)
+
     def slot_ranges(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """(local name, offset in the slot, shape) of every parameter the block computes with."""
         for p in self.params:

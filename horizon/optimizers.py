@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 from horizon.config.schema import HorizonConfig
+from horizon.config.values import require_defaults
 from horizon.errors import ConfigError
 from horizon.optim.adamw import AdamW
 from horizon.zo.settings import ZerothOrder
@@ -21,22 +20,14 @@ def make_optimizer(config: HorizonConfig) -> AdamW | ZerothOrder:
     optim, zo = config.optim, config.zo
     assert optim.lr is not None
     if optim.name == "adamw":
-        _require_defaults(zo, "zo", "adamw", [field.name for field in dataclasses.fields(zo)])
+        require_defaults(zo, "zo", "optim=adamw", [field.name for field in dataclasses.fields(zo)])
         betas = (optim.beta1, optim.beta2)
         return AdamW(optim.lr, betas, optim.eps, optim.weight_decay, optim.moments, optim.master)
     if optim.name == "mezo":
-        _require_defaults(optim, "optim", "mezo", ["beta1", "beta2", "eps", "moments", "master", "clip"])
+        require_defaults(optim, "optim", "optim=mezo", ["beta1", "beta2", "eps", "moments", "master", "clip"])
         return ZerothOrder(
             lr=optim.lr, weight_decay=optim.weight_decay, seed=config.seed, eps=zo.eps, queries=zo.queries,
             momentum=zo.momentum, momentum_steps=zo.momentum_steps, master=zo.master,
             writeback_every=zo.writeback_every,
         )  # fmt: skip
     raise ConfigError(f"optim.name={optim.name!r} is unknown; expected adamw or mezo")
-
-
-def _require_defaults(settings: Any, group: str, optimizer: str, names: Sequence[str]) -> None:
-    defaults = type(settings)()
-    for name in names:
-        value = getattr(settings, name)
-        if value != getattr(defaults, name):
-            raise ConfigError(f"{group}.{name}={value} has no use with optim={optimizer}; leave it out")

@@ -24,7 +24,7 @@ def replay(
     tokenizer = given_tokenizer("auto", source.folder, trust_remote_code=trust)
     with Engine.from_pretrained(
         str(source.folder), optimizer=beginning.settings, freeze=beginning.freeze, device=device, max_grad_norm=None,
-        trust_remote_code=trust, self_check=False,
+        lora=beginning.adapter, seed=beginning.settings.seed, trust_remote_code=trust, self_check=False,
     ) as engine:  # fmt: skip
         steps = engine.replay(log)
         engine.save_pretrained(out, tokenizer=tokenizer, dtype=dtype)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from horizon.config.schema import HorizonConfig
 from horizon.errors import ConfigError
+from horizon.models.lora import wanted_adapter
 from horizon.models.source import ModelSource
 from horizon.optimizers import make_optimizer
 from horizon.report.trace import require_matplotlib
 from horizon.report.trackers import require_trackers
 from horizon.run_checkpoints import check_checkpoint_settings
 from horizon.validation import check_eval_settings
+from horizon.zo.settings import ZerothOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 LR_RANDOM = 2e-3  # optim.lr=null, random weights
 LR_TRAINED = 1e-5  # optim.lr=null, weights that were trained before
+LR_ADAPTER = 1e-4  # optim.lr=null, model.lora
 LR_ZEROTH_ORDER = 1e-6  # optim.lr=null, optim=mezo
+LR_ZEROTH_ORDER_ADAPTER = 5e-5  # optim.lr=null, optim=mezo, model.lora
 
 
 def check_settings(config: HorizonConfig) -> None:
@@ -40,7 +44,8 @@ def check_settings(config: HorizonConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"train.{key}={value} must be at least {least}")
-    make_optimizer(with_lr(config, None))
+    optimizer = make_optimizer(with_lr(config, None))
+    wanted_adapter(config.model.lora, isinstance(optimizer, ZerothOrder))
     if config.trace:
         require_matplotlib()
     require_trackers(config.trackers)
@@ -51,11 +56,14 @@ def check_settings(config: HorizonConfig) -> None:
 
 
 def with_lr(config: HorizonConfig, source: ModelSource | None) -> HorizonConfig:
-    """The settings with `optim.lr`, when it is null, replaced by a rate that suits trained or random weights."""
+    """The settings with `optim.lr`, when it is null, replaced by a rate that suits what is trained."""
+    adapts = config.model.lora.rank is not None
     if config.optim.lr is not None:
         return config
     if config.optim.name == "mezo":
-        lr = LR_ZEROTH_ORDER
+        lr = LR_ZEROTH_ORDER_ADAPTER if adapts else LR_ZEROTH_ORDER
+    elif adapts:
+        lr = LR_ADAPTER
     else:
         lr = LR_TRAINED if source is not None and source.has_weights else LR_RANDOM
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
@@ -84,13 +92,14 @@ def build_engine(
         "kernels": config.kernels,
         "seed": config.seed,
         "freeze": model.freeze,
+        "lora": model.lora,
         "on_nonfinite": config.train.on_nonfinite,
         "trust_remote_code": model.trust_remote_code,
         "self_check": model.self_check,
     }
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     made = {"vocab_size": len(tokenizer), **special, **model.config}
-    what = made if source is None else str(source.folder)
+    what = made if source is None else str(source.named)
     if checkpoint is None or optim.name == "mezo":  # whose log is replayed later
         return Engine.from_pretrained(what, **settings)
     return Engine.load_checkpoint(checkpoint, model=what, weights_only=config.resume_weights_only, **settings)

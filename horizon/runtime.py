@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from horizon.checkpoint.hf_export import Tokenizer
 from horizon.checkpoint.hf_import import load_weights
 from horizon.checkpoint.manifest import Manifest
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.saves import Save, Saves
 from horizon.config.schema import ComputeDtype, Kernels, MasterFormat, MemoryConfig, Moments, NvmeEngine, Recompute
 from horizon.config.values import choice

@@ -361,7 +361,7 @@ def test_plan_foretells_zeroth_order_steps(inside):
 
 
 HEAVY = (
-    "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "sklearn", "tensorstore", "torchvision",
+    "accelerate", "liger_kernel", "matplotlib", "numba", "pandas", "peft", "sklearn", "tensorstore", "torchvision",
     "transformers", "triton",
 )  # fmt: skip
 

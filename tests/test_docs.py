@@ -202,3 +202,13 @@ def test_the_readmes_script_runs(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"loss \d\.\d{3}, gradient norm", capsys.readouterr().out)) == 3
     before, after = (AutoModelForCausalLM.from_pretrained(name) for name in ("my-model", "my-model-tuned"))
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_the_script_on_adapters_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    reference.build("llama").save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    (script,) = fenced("python", (ROOT / "docs/adapters.md").read_text())
+    names = {"rows": reference.plain(0)["input_ids"]}
+    exec(compile(script, "adapters.md", "exec"), names)
+    assert names["tuned"].active_adapter == "default"

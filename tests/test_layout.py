@@ -52,6 +52,9 @@ def test_gradients_exist_for_what_is_trained_borrowed_or_not(specs, lent):
     wanted = {s.local_name for s in specs if s.trainable} | {alias for alias, _, p in borrowed if p.spec.trainable}
     assert {name: (offset, shape) for name, offset, shape in layout.grad_ranges()} == {n: places[n] for n in wanted}
     assert [p.name for p in layout.trainable] == [s.name for s in specs if s.trainable]
+    ends = [offset + math.prod(shape) for _, offset, shape in layout.grad_ranges()]
+    assert max(ends, default=0) <= layout.num_grad_elements <= max(ends, default=0) + BLOCK_ALIGN + PARAM_ALIGN
+    assert layout.num_grad_elements % BLOCK_ALIGN == 0
 
 
 def test_a_layout_by_hand():

@@ -24,6 +24,7 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import model_facts
 from horizon.checkpoint.saves import TOKENIZER, commit, saved_buffers
 from horizon.errors import CheckpointError
+from horizon.models.adapters import attach
 from horizon.models.skeleton import build_skeleton
 from horizon.models.source import resolve_model
 from horizon.units import GIB
@@ -53,6 +54,8 @@ def saved_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         HorizonError: it cannot be built from its config alone.
     """
     skeleton = build_skeleton(checkpoint.manifest.model)
+    if checkpoint.manifest.adapter is not None:
+        attach(skeleton, checkpoint.manifest.adapter)
     checkpoint.fill_buffers(dict(skeleton.named_buffers()))
     if checkpoint.manifest.generation is not None:
         skeleton.generation_config = GenerationConfig.from_dict(checkpoint.manifest.generation)
@@ -79,8 +82,10 @@ def import_model(source: Path, target: Path) -> Manifest:
         CheckpointError: the folder has no weights, they do not fit its config, or the target cannot be written.
         UnsupportedModelError: the architecture is unknown or needs code of its own.
     """
-    if not resolve_model(str(source)).has_weights:
-        raise CheckpointError(f"{source} has no weights; expected a Hugging Face folder with safetensors")
+    found = resolve_model(str(source))
+    if found.adapter is not None or not found.has_weights:
+        what = "has no weights" if found.adapter is None else f"is an adapter of {found.folder}"
+        raise CheckpointError(f"{source} {what}; expected a Hugging Face folder with safetensors")
     skeleton = build_skeleton(source)
     specs = {name: ArraySpec(name, MASTER_KIND, tuple(p.shape), "float32") for name, p in skeleton.named_parameters()}
     buffers = saved_buffers(skeleton)

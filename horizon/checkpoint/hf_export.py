@@ -1,43 +1,27 @@
-"""The trained model as a Hugging Face folder, in the names and files that transformers itself would write.
-
-The folder appears at once: everything is written and flushed in a hidden sibling, which then takes the folder's name.
-"""
+"""The trained model as a Hugging Face folder, in the names and files that transformers itself would write."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from horizon.checkpoint.adapter_files import export_adapter
 from horizon.checkpoint.conversion import Group, as_meta, export_groups
+from horizon.checkpoint.model_folder import Tokenizer, written_folder
 from horizon.checkpoint.shards import num_bytes, write_shard
-from horizon.errors import CheckpointError, one_line
+from horizon.models.adapters import adapter_of
 from horizon.models.skeleton import tied_aliases
-from horizon.models.source import WEIGHTS, WEIGHTS_INDEX
-from horizon.units import GIB, MIB, format_bytes
-
-_MODEL_FILES = re.compile(
-    r".*\.(safetensors|json|jinja|model|py|tiktoken)|(vocab|merges)\.txt|additional_chat_templates"
-)
-_SMALL_FILES = 64 * MIB  # room for configs and the tokenizer
-
-
-class Tokenizer(Protocol):
-    """What can write its files beside the model's."""
-
-    def save_pretrained(self, save_directory: str, /) -> object:
-        """Write the tokenizer's files into an existing folder."""
+from horizon.models.source import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from horizon.units import GIB
 
 
 def export_model(
@@ -49,7 +33,7 @@ def export_model(
     tokenizer: Tokenizer | None = None,
     max_shard_size: int = 4 * GIB,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; of a model with an adapter, peft's folder.
 
     `read(name)` gives a parameter, by its name in `skeleton.named_parameters()`, in any floating dtype and on any
     device; it is stored as `dtype` (parameters that the class keeps in fp32 stay so). Memory: one tensor, or the
@@ -58,8 +42,9 @@ def export_model(
     Raises:
         CheckpointError: the folder holds something else than a model, there is not enough room, or writing fails.
     """
-    folder = Path(os.path.abspath(folder))
-    _check_target(folder)
+    if adapter_of(skeleton) is not None:
+        export_adapter(folder, skeleton, read, dtype, tokenizer)
+        return
     metas = _stored_form(skeleton, dtype)
     shards = _split_into_shards(metas, skeleton, max_shard_size)
     buffers = dict(skeleton.named_buffers())
@@ -67,21 +52,11 @@ def export_model(
     def stored(name: str) -> Tensor:
         return buffers[name] if name in buffers else read(name).to(metas[name].dtype)
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        _check_room(folder.parent, sum(shard.num_bytes for shard in shards))
-        partial.mkdir()
+    with written_folder(folder, sum(shard.num_bytes for shard in shards), CONFIG) as partial:
         _write_weights(partial, shards, skeleton, stored)
         _write_configs(partial, skeleton, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-        _replace(folder, partial)
-    except OSError as error:
-        raise CheckpointError(f"the model could not be written to {folder}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -153,49 +128,3 @@ def _write_configs(folder: Path, skeleton: PreTrainedModel, dtype: torch.dtype) 
     generation_config = getattr(skeleton, "generation_config", None)
     if generation_config is not None:  # to_json_file, as save_pretrained refuses values that many hub models have
         generation_config.to_json_file(folder / "generation_config.json")
-
-
-def _check_target(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another folder for the model")
-    entries = sorted(entry.name for entry in folder.iterdir())
-    strange = [name for name in entries if not _MODEL_FILES.fullmatch(name)]
-    if entries and (strange or "config.json" not in entries):
-        raise CheckpointError(
-            f"{folder} holds {(strange or entries)[0]}, so it is not replaced; choose another folder for the model"
-        )
-
-
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size + _SMALL_FILES:
-        raise CheckpointError(
-            f"the model needs {format_bytes(size + _SMALL_FILES)} in {folder} but {format_bytes(free)} is free; "
-            "choose another folder or make room"
-        )
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Give `partial` the name of `folder`; the model that was there is kept until the new one is in place."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    _flush_folder(folder.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

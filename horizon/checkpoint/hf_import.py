@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from horizon.checkpoint.adapter_files import import_adapter
 from horizon.checkpoint.conversion import Group, import_groups
 from horizon.checkpoint.shards import ShardReader, open_shards
 from horizon.errors import CheckpointError, one_line
+from horizon.models.adapters import Adapted, draw_adapter
 from horizon.models.skeleton import init_parameters, tied_aliases
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +32,17 @@ def load_weights(
 ) -> None:
     """Call `write(name, tensor)` for every parameter: from a folder, from a live model, or (None) with random values.
 
-    Random values are drawn on `device`. Errors are those of `import_weights`.
+    Random values are drawn on `device`, those of a new adapter on the CPU. Errors are those of `import_weights`.
     """
+    if isinstance(weights, Adapted):
+        names = weights.names
+        load_weights(weights.weights, weights.base, lambda name, value: write(names[name], value), device, seed)
+        if weights.folder is not None:
+            import_adapter(weights.folder, skeleton, write)
+            return
+        for name, value in draw_adapter(skeleton, seed):
+            write(name, value)
+        return
     if isinstance(weights, Path):
         import_weights(weights, skeleton, write)
         return

@@ -1,6 +1,6 @@
 """The manifest: what a checkpoint holds and where its run stood, a small JSON file that makes the checkpoint whole.
 
-    {"format": "horizon-checkpoint", "schema": 1, "checksum": SHA-256 of the content, "content": {...}}
+    {"format": "horizon-checkpoint", "schema": 3, "checksum": SHA-256 of the content, "content": {...}}
 
 The checksum is that of the content written without spaces and with sorted keys, so that it does not depend on how the
 file is laid out.
@@ -20,8 +20,9 @@ from horizon.config.schema import MasterFormat
 from horizon.errors import CheckpointError
 from horizon.plan.states import MOMENTS
 
-FORMAT, SCHEMA = "horizon-checkpoint", 2
-SPLIT_ONLY = 1  # an earlier schema, the same but for `optimizer`: it has no `master`, which was always split
+FORMAT, SCHEMA = "horizon-checkpoint", 3
+NO_ADAPTER = 2  # an earlier schema, the same without `adapter`: there was none
+SPLIT_ONLY = 1  # and without the `master` of `optimizer`, which was always split
 _KINDS = {"master", "buffer", *(state.name for states in MOMENTS.values() for state in states)}
 
 
@@ -34,6 +35,7 @@ class Manifest:
     model: dict[str, Any]  # the transformers config
     model_class: str
     generation: dict[str, Any] | None = None  # the transformers generation config
+    adapter: dict[str, Any] | None = None  # peft's settings of the LoRA adapter; None: the model has none
     step: int = 0  # optimizer steps that the weights have seen
     passes: int = 0  # backward passes so far, each with dropout masks of its own
     seed: int = 0
@@ -82,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is truncated or damaged: {error}; use an earlier checkpoint") from error
     if not isinstance(whole, dict) or whole.get("format") != FORMAT or not isinstance(whole.get("content"), dict):
         raise CheckpointError(f"{path} is not a manifest of a Horizon checkpoint")
-    if whole.get("schema") not in (SPLIT_ONLY, SCHEMA):
+    if whole.get("schema") not in (SPLIT_ONLY, NO_ADAPTER, SCHEMA):
         raise CheckpointError(
             f"{path} has schema {whole.get('schema')!r} and this Horizon reads {SCHEMA}; use the version that wrote it "
             f"({whole['content'].get('horizon')})"
@@ -97,6 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _from_content(content: dict[str, Any], schema: int) -> Manifest:
     names = {item.name for item in dataclasses.fields(Manifest)}
+    if schema <= NO_ADAPTER:
+        content["adapter"] = None
     if content.keys() != names:
         raise ValueError(f"keys {sorted(content.keys() ^ names)}")
     if schema == SPLIT_ONLY and content["optimizer"] is not None:

@@ -22,18 +22,20 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.config.schema import Moments
 from horizon.errors import CheckpointError
 from horizon.layout import BlockLayout, Param
+from horizon.models.adapters import saved_config
 from horizon.optim.adamw import AdamW
 from horizon.optim.moments import noise, random_bits, read_m, read_v, write_m, write_v
 from horizon.plan.states import GROUP, MOMENTS
 from horizon.store.host import HostStore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Keys of a transformers config that do not change what the model computes.
 _IDLE_KEYS = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "attn_implementation"
 }  # fmt: skip
+_IDLE_ADAPTER_KEYS = {"base_model_name_or_path", "revision", "peft_version", "task_type", "auto_mapping"}
 _NUM_NAMED = 3
 
 Write: TypeAlias = Callable[[str, int, Tensor], None]  # a block's numbers: state, first number, values
@@ -64,6 +66,7 @@ def model_facts(skeleton: PreTrainedModel) -> dict[str, Any]:
         "model": {**config_facts(skeleton.config), **eager},
         "model_class": type(skeleton).__name__,
         "generation": None if generation is None else config_facts(generation),
+        "adapter": saved_config(skeleton),
     }
 
 
@@ -85,13 +88,14 @@ def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
 
 
 def check_same(
-    checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...], config: PreTrainedConfig, adamw: AdamW
+    checkpoint: Checkpoint, layouts: tuple[BlockLayout, ...], skeleton: PreTrainedModel, adamw: AdamW
 ) -> None:
     """Raise a CheckpointError naming what differs between a checkpoint and what is to go on from it."""
     manifest = checkpoint.manifest
     assert manifest.optimizer is not None
     differing = [
-        *differences("model.config.", manifest.model, config_facts(config), ignored=_IDLE_KEYS),
+        *differences("model.config.", manifest.model, config_facts(skeleton.config), ignored=_IDLE_KEYS),
+        *differences("adapter ", manifest.adapter or {}, saved_config(skeleton) or {}, ignored=_IDLE_ADAPTER_KEYS),
         *differences("optim.", manifest.optimizer, optimizer_facts(adamw), ignored={"moments"}),
     ]
     frozen = {p.name for lay in layouts for p in lay.params if not p.spec.trainable}

@@ -20,6 +20,7 @@ from horizon.checkpoint.arrays import ArrayWriter, load_library, writing_bytes
 from horizon.checkpoint.folder import PartialFolder, flush_files, write_flushed
 from horizon.checkpoint.format import BUFFER_KIND, DTYPE_NAMES, MANIFEST, ArraySpec, StateArray, list_arrays
 from horizon.checkpoint.manifest import Manifest
+from horizon.checkpoint.model_folder import Tokenizer
 from horizon.checkpoint.snapshot import BOUNCE_BYTES, Snapshot, StateReader
 from horizon.checkpoint.staging import ALIGN, Staging
 from horizon.config.schema import MasterFormat, Moments
@@ -32,7 +33,7 @@ from horizon.stream.streams import Streams
 from horizon.units import align_up, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from horizon.checkpoint.hf_export import Tokenizer
+    from horizon.checkpoint.model_folder import Tokenizer
 
 log = logging.getLogger(__name__)
 

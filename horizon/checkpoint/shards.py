@@ -51,6 +51,14 @@ def open_shards(folder: Path) -> Iterator[ShardReader]:
         yield ShardReader(files)
 
 
+@contextmanager
+def open_file(path: Path) -> Iterator[ShardReader]:
+    """The tensors of one file, while the context lasts; errors as `open_shards`."""
+    with ExitStack() as stack:
+        file = _open(path, set(), stack)
+        yield ShardReader(dict.fromkeys(file.names, file))
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path

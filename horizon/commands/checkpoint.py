@@ -37,7 +37,9 @@ def export_command(arguments: list[str]) -> int:
         raise ConfigError(f"dtype={options['dtype']}: expected {', '.join(DTYPES)}")
     checkpoint = Checkpoint(find_checkpoint(Path(source)))
     export_checkpoint(checkpoint, Path(target), DTYPES[options["dtype"]], parse_bytes(options["shard"], "shard"))
-    print(f"{target}: {checkpoint.manifest.model_class} of step {checkpoint.manifest.step} in {options['dtype']}")
+    manifest = checkpoint.manifest
+    what = manifest.model_class if manifest.adapter is None else f"adapter of {manifest.model_class}"
+    print(f"{target}: {what} of step {manifest.step} in {options['dtype']}")
     return 0
 
 

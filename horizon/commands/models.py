@@ -14,7 +14,7 @@ from horizon.data.tokenizer import given_tokenizer
 from horizon.errors import ConfigError
 from horizon.inference import InferenceEngine
 from horizon.models.hf_config import load_config
-from horizon.models.source import resolve_model
+from horizon.models.source import ModelSource, resolve_model
 from horizon.run_checkpoints import FOLDER, find_checkpoint
 
 if TYPE_CHECKING:
@@ -25,18 +25,23 @@ if TYPE_CHECKING:
 class UsedModel:
     """Where a model and its tokenizer are."""
 
-    folder: Path
-    is_checkpoint: bool
+    source: Path | ModelSource  # a checkpoint's folder, or a model's
+
+    @property
+    def folder(self) -> Path:
+        """What was named."""
+        return self.source if isinstance(self.source, Path) else self.source.named
 
     @property
     def tokenizer_folder(self) -> Path:
         """Where its tokenizer is, if it has one."""
-        return self.folder / TOKENIZER if self.is_checkpoint else self.folder
+        return self.source / TOKENIZER if isinstance(self.source, Path) else self.source.tokenizer_folder
 
     def vocab_size(self, config: HorizonConfig) -> int:
         """Tokens that the model knows."""
-        source = read_manifest(self.folder).model if self.is_checkpoint else self.folder
-        size: int = load_config(source, config.model.trust_remote_code).get_text_config().vocab_size
+        source = self.source
+        described = read_manifest(source).model if isinstance(source, Path) else source.folder
+        size: int = load_config(described, config.model.trust_remote_code).get_text_config().vocab_size
         return size
 
     def tokenizer(self, config: HorizonConfig) -> PreTrainedTokenizerBase:
@@ -62,7 +67,7 @@ class UsedModel:
             "trust_remote_code": config.model.trust_remote_code,
             "self_check": config.model.self_check,
         }
-        if self.is_checkpoint:
+        if isinstance(self.source, Path):
             return InferenceEngine.load_checkpoint(self.folder, **settings)
         return InferenceEngine.from_pretrained(self.folder, **settings)
 
@@ -81,8 +86,8 @@ def find_model(config: HorizonConfig) -> UsedModel:
         )
     folder = Path(model.path).expanduser()
     if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
-        return UsedModel(find_checkpoint(folder, "model.path="), is_checkpoint=True)
-    return UsedModel(resolve_model(model.path, model.revision, model.trust_remote_code).folder, is_checkpoint=False)
+        return UsedModel(find_checkpoint(folder, "model.path="))
+    return UsedModel(resolve_model(model.path, model.revision, model.trust_remote_code))
 
 
 def split_arguments(arguments: list[str], keys: set[str]) -> tuple[dict[str, str], list[str]]:

@@ -124,6 +124,16 @@ class OnNonFinite(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """An adapter that is trained instead of the model: beside each linear layer W, W + (alpha / rank) B A."""
+
+    rank: int | None = None  # rows of A and columns of B; null: no adapter, the model itself is trained
+    alpha: float | None = None  # null: twice the rank
+    targets: list[str] = field(default_factory=list)  # names of linear layers (`q_proj`); none: all but the head
+    dropout: float = 0.0  # of what goes into A
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     path: str | None = None  # folder, hub id, or a folder holding only a config.json (random weights)
     config: dict[str, Any] = field(default_factory=dict)  # without a path: a transformers config, `model_type` included
@@ -131,6 +141,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     self_check: bool = True  # stream a tiny model of the architecture against plain autograd first
     freeze: list[str] = field(default_factory=list)  # name patterns (`model.embed_tokens.*`) that are not trained
+    lora: LoraConfig = field(default_factory=LoraConfig)  # needs peft
 
 
 @dataclass(kw_only=True, slots=True)

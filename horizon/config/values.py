@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -68,3 +69,12 @@ def with_batch_size(config: HorizonConfig) -> HorizonConfig:
             f"train.tokens_per_step={train.tokens_per_step} is less than a row of train.seq_len={train.seq_len}"
         )
     return replace(config, train=replace(train, batch_size=train.tokens_per_step // train.seq_len))
+
+
+def require_defaults(settings: Any, group: str, other: str, names: Sequence[str]) -> None:
+    """Raise a ConfigError for a setting of `group` that was changed although `other` has no use for it."""
+    defaults = type(settings)()
+    for name in names:
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(f"{group}.{name}={value} has no use with {other}; leave it out")

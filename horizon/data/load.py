@@ -64,7 +64,7 @@ def load_run_data(config: HorizonConfig, source: ModelSource | None) -> TextData
         config.data,
         seq_len=config.train.seq_len,
         seed=config.seed,
-        model_folder=None if source is None else source.folder,
+        model_folder=None if source is None else source.tokenizer_folder,
         vocab_limit=vocab_limit,
         trust_remote_code=trust,
     )

@@ -27,7 +27,7 @@ from horizon.models.shape import ModelShape, shape_of
 from horizon.models.source import resolve_model
 from horizon.models.work import LayerWork, ModelWork
 
-LIBRARIES = "torch", "transformers"
+LIBRARIES = "torch", "transformers", "peft"
 
 
 def open_shape(config: HorizonConfig) -> ModelShape:
@@ -36,15 +36,17 @@ def open_shape(config: HorizonConfig) -> ModelShape:
     Raises:
         HorizonError: it cannot be read or trained, as when training it.
     """
-    model, source = config.model, None
+    model, folders = config.model, []  # type: Any, list[Path]
     if model.path is None and not model.config:
         raise ConfigError("no model: set model.path to a folder or hub id, or choose model=tiny_llama")
+    described = model.path or {"vocab_size": _vocabulary(config), **model.config}
     if model.path is not None:
-        source = resolve_model(model.path, model.revision, model.trust_remote_code).folder
-    described: Path | Mapping[str, Any] = source or {"vocab_size": _vocabulary(config), **model.config}
+        source = resolve_model(model.path, model.revision, model.trust_remote_code)
+        folders = [folder for folder in (source.folder, source.adapter) if folder is not None]
     if model.trust_remote_code:  # which may change, and need not be in the folder
         return _look(described, config)
-    path = kept_folder() / "shapes" / f"{key_of(_origin(described, model.freeze))}.json"
+    origin = _origin(folders, None if folders else described, config)
+    path = kept_folder() / "shapes" / f"{key_of(origin)}.json"
     kept = _read(path)
     if kept is None:
         kept = _look(described, config)
@@ -53,12 +55,15 @@ def open_shape(config: HorizonConfig) -> ModelShape:
     return kept
 
 
-def _look(described: Path | Mapping[str, Any], config: HorizonConfig) -> ModelShape:
+def _look(described: str | Mapping[str, Any], config: HorizonConfig) -> ModelShape:
     """Take the model apart."""
     from horizon.models.blocks import BlockModel  # here: both load transformers
-    from horizon.models.skeleton import build_skeleton
+    from horizon.models.skeleton import Unloaded, open_model
 
-    return shape_of(BlockModel(build_skeleton(described, config.model.trust_remote_code), config.model.freeze))
+    model = config.model
+    adapter = None if model.lora.rank is None else model.lora
+    skeleton, _ = open_model(Unloaded(described), model.revision, model.trust_remote_code, adapter)
+    return shape_of(BlockModel(skeleton, model.freeze))
 
 
 def _vocabulary(config: HorizonConfig) -> int:
@@ -67,16 +72,21 @@ def _vocabulary(config: HorizonConfig) -> int:
     return config.data.vocab_size if tokenizer is None else len(tokenizer)
 
 
-def _origin(described: Path | Mapping[str, Any], freeze: list[str]) -> Iterator[str]:
+def _origin(folders: list[Path], described: Any, config: HorizonConfig) -> Iterator[str]:
     """All that a shape follows from."""
     yield __version__
-    yield from (metadata.version(library) for library in LIBRARIES)
+    yield from (_version(library) for library in LIBRARIES)
     yield from map(_digest, [Path(horizon.layout.__file__), *sorted(Path(horizon.models.__path__[0]).glob("*.py"))])
-    yield json.dumps(list(freeze))
-    if isinstance(described, Mapping):
-        yield json.dumps(described, default=str)
-    else:
-        yield from map(_digest, sorted(described.glob("*config*.json")))
+    yield json.dumps([list(config.model.freeze), dataclasses.asdict(config.model.lora), described], default=str)
+    for folder in folders:
+        yield from map(_digest, sorted(folder.glob("*config*.json")))
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _digest(file: Path) -> str:

@@ -19,6 +19,7 @@ from horizon.plan.estimate import WORKSPACE, Estimator
 from horizon.plan.memory import WEIGHT_SLOTS, MemoryPlan
 from horizon.plan.prediction import StepPrediction
 from horizon.stream.head import chunk_tokens
+from horizon.zo.masters import states_of
 from horizon.zo.plan import (
     HEAD_CHUNK_BYTES,
     WorkingSet,
@@ -98,8 +99,10 @@ def _predict(
         layers = [times.layers[lay.num_elements, lay.num_trainable, Recompute.full] for lay in needs.layouts[1:-1]]
         passes += times.embedding.forward_s + sum(layer.forward_s for layer in layers) + times.head_s / 3
     rates = estimator.rates(Moments.float32, None)  # of copies: there are no moments
-    parameters = sum(layout.num_elements for layout in needs.layouts)
-    noise = settings.queries * parameters * NOISE_BYTES / rates.device_bytes_per_s
+    trained = sum(layout.num_trainable for layout in needs.layouts)
+    frozen = sum(layout.num_elements for layout in needs.layouts) - trained
+    copied = sum(state.dtype.itemsize for state in states_of(settings)) + needs.compute_dtype.itemsize
+    noise = (settings.queries * trained * NOISE_BYTES + frozen * copied) / rates.device_bytes_per_s
     arithmetic = 2 * settings.queries * passes + noise
     up, down = moves["H2D", "weights"] / rates.up_bytes_per_s, moves["D2H", "weights"] / rates.down_bytes_per_s
     link = max(0.0, max(up, down) - arithmetic) if target.on_gpu else up + down

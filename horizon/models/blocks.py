@@ -260,7 +260,9 @@ def _freeze(skeleton: nn.Module, patterns: Sequence[str]) -> None:
         for name in matched:
             skeleton.get_parameter(name).requires_grad_(False)
     if not any(p.requires_grad for p in skeleton.parameters()):
-        raise ConfigError("model.freeze leaves no parameter to train")
+        if patterns:
+            raise ConfigError("model.freeze leaves no parameter to train")
+        raise ConfigError("no parameter of the model requires a gradient; load adapters with is_trainable=True")
 
 
 def _lay_out(skeleton: nn.Module, structure: Structure) -> tuple[BlockLayout, ...]:

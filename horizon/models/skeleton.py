@@ -22,8 +22,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from horizon.errors import CheckpointError, UnsupportedModelError, one_line
-from horizon.models.hf_config import load_config, refuse_unsupported
-from horizon.models.source import resolve_model
+from horizon.models.adapters import Adapted, adapter_of, attach, check_adapters, lora_settings, unwrapped
+from horizon.models.hf_config import load_config, read_json, refuse_unsupported
+from horizon.models.lora import Lora
+from horizon.models.source import ADAPTER_CONFIG, resolve_model
 
 _MASTER = torch.float32
 
@@ -33,6 +35,7 @@ class Unloaded:
     """A model (whatever `open_model` takes) whose weights will come from elsewhere: they are neither read nor drawn."""
 
     source: Any
+    adapter: dict[str, Any] | None = None  # peft's settings of one that the model is given unless it has one
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """None that are there already."""
@@ -40,24 +43,45 @@ class Unloaded:
 
 
 def open_model(
-    model: Any, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Path | PreTrainedModel | Unloaded | None]:
+    model: Any, revision: str | None = None, trust_remote_code: bool = False, lora: Lora | None = None
+) -> tuple[PreTrainedModel, Path | PreTrainedModel | Unloaded | Adapted | None]:
     """The skeleton of whatever names a model (a folder, a hub id, a mapping, a live model), and where its weights are.
+
+    Args:
+        lora: of an adapter that it is given, or all that peft calls its settings; None: none.
 
     Returns:
         the skeleton, and the folder or live model that has the weights, or None where they are to be drawn at random.
 
     Raises:
-        HorizonError: as `resolve_model`, `build_skeleton` and `skeleton_from_instance`.
+        HorizonError: as `resolve_model`, `build_skeleton`, `skeleton_from_instance` and `attach`.
     """
     if isinstance(model, Unloaded):
-        return open_model(model.source, revision, trust_remote_code)[0], model
+        skeleton = open_model(model.source, revision, trust_remote_code, lora)[0]
+        if model.adapter is not None and lora is None and adapter_of(skeleton) is None:
+            attach(skeleton, model.adapter)
+        return skeleton, model
+    if lora is not None:
+        base, weights = open_model(model, revision, trust_remote_code)
+        return _adapted(base, weights, lora_settings(lora, base), None)
     if isinstance(model, str | Path):
         source = resolve_model(str(model), revision, trust_remote_code)
-        return build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+        base, weights = build_skeleton(source.folder, trust_remote_code), source.folder if source.has_weights else None
+        if source.adapter is None:
+            return base, weights
+        return _adapted(base, weights, read_json(source.adapter / ADAPTER_CONFIG), source.adapter)
     if isinstance(model, Mapping):
         return build_skeleton(model, trust_remote_code), None
+    model = unwrapped(model)
     return skeleton_from_instance(model), model
+
+
+def _adapted(
+    base: PreTrainedModel, weights: Any, settings: Mapping[str, Any], folder: Path | None
+) -> tuple[PreTrainedModel, Adapted]:
+    """A skeleton with an adapter, and where its values are; see `Adapted`."""
+    skeleton = copy.deepcopy(base, {id(buffer): buffer for buffer in base.buffers()})  # files may hold buffers, too
+    return skeleton, Adapted(base, weights, attach(skeleton, settings), folder)
 
 
 def build_skeleton(
@@ -142,7 +166,8 @@ def skeleton_from_instance(model: PreTrainedModel) -> PreTrainedModel:
     changed on the instance is kept. The model itself is left as it is.
 
     Raises:
-        UnsupportedModelError: not a plain causal LM, or its weights are not its own (device_map, adapters).
+        UnsupportedModelError: not a plain causal LM, its weights are not its own (device_map), or its adapters are not
+            plain LoRA.
     """
     _refuse_instance(model)
     memo: dict[int, Any] = {id(param): _as_meta(param) for param in model.parameters()}
@@ -164,8 +189,7 @@ def _refuse_instance(model: PreTrainedModel) -> None:
     _refuse_bidirectional(model)
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(f"{what} has no language-model head; expected a causal LM")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(f"{what} carries adapters, which are not supported; merge or remove them")
+    check_adapters(model)
     for name, param in model.named_parameters():
         if param.is_meta:
             raise UnsupportedModelError(f"{what} has no values for {name} (meta device); load it without offloading")

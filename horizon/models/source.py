@@ -1,18 +1,30 @@
-"""Where a model is: a folder, or a hub id, which becomes one. Nothing of its code is loaded."""
+"""Where a model's files are: a folder, what the hub gives for an id, or an adapter's folder and that of its base."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from horizon.errors import CheckpointError, one_line
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("model.safetensors", "model-*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "*.model")
+_HUB_FILES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "model-*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder of peft's
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +33,24 @@ class ModelSource:
 
     folder: Path
     has_weights: bool  # False: only a config.json, the weights are to be drawn at random
+    adapter: Path | None = None  # the folder of an adapter, where that was named, whose base `folder` is
+
+    @property
+    def named(self) -> Path:
+        """What was named: the model's folder, or the adapter's."""
+        return self.adapter or self.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer is, if it has one: an adapter's goes before that of its base."""
+        beside = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return self.named if beside else self.folder
 
 
 def resolve_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """The folder that `path` means: an existing folder, or a hub id `org/name`, which is downloaded (and cached).
+
+    A folder of peft's with an adapter means that adapter on the base model that it names.
 
     Raises:
         CheckpointError: no such folder, no config.json in it, weights in a format that is not read, or the hub
@@ -32,19 +58,39 @@ def resolve_model(path: str, revision: str | None = None, trust_remote_code: boo
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return ModelSource(folder, _has_weights(folder))
+        return _source(folder, trust_remote_code)
     is_hub_id = _HUB_ID.fullmatch(path) is not None and not folder.parent.exists()
     if folder.exists() or not is_hub_id:
         found = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"no such folder: model.path={path!r} {found}; expected a folder or a hub id org/name")
-    source = ModelSource(_download(path, revision, trust_remote_code), has_weights=True)
-    if not _has_weights(source.folder):
+    source = _source(_download(path, revision, trust_remote_code), trust_remote_code)
+    if not source.has_weights:
         raise CheckpointError(f"the hub model {path!r} has no safetensors weights; name one that has")
     return source
 
 
+def _source(folder: Path, trust_remote_code: bool) -> ModelSource:
+    if (folder / CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        return ModelSource(folder, _has_weights(folder))
+    from horizon.models.hf_config import read_json  # here: it loads transformers
+
+    settings = read_json(folder / ADAPTER_CONFIG)
+    base = settings.get("base_model_name_or_path")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} is an adapter without {ADAPTER_WEIGHTS}; save it as safetensors")
+    if not base:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; set base_model_name_or_path in it")
+    try:
+        return replace(resolve_model(base, settings.get("revision"), trust_remote_code), adapter=folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is an adapter of {base}, which is not to be had; set base_model_name_or_path in its "
+            f"{ADAPTER_CONFIG} ({error})"
+        ) from error
+
+
 def _has_weights(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
     if (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file():
         return True

@@ -333,8 +333,9 @@ def _bytes_per_slot_element(needs: MemoryNeeds) -> int:
 def turn_bytes(needs: MemoryNeeds) -> int:
     """Device bytes of what each layer at the turn has to itself: a slot for its weights, and the fp32 sum."""
     resident, element = in_place(needs.in_hbm, needs.compute_dtype), _bytes_per_slot_element(needs)
-    sizes = ((block, needs.layouts[block].num_slot_elements) for block in needs.turn)
-    return sum(size * ((0 if block in resident else element) + 4) for block, size in sizes)
+    layouts = [needs.layouts[block] for block in needs.turn]
+    weights = sum(lay.num_slot_elements for lay in layouts if lay.index not in resident)
+    return element * weights + 4 * sum(lay.num_grad_elements for lay in layouts)
 
 
 def in_place(in_hbm: frozenset[int], compute_dtype: torch.dtype) -> frozenset[int]:
@@ -360,13 +361,11 @@ def gradient_slot_elements(
 
     The gradient of a block in HBM stays in a buffer of its own and needs no drain slot. In fp32 it is summed there,
     and those of other blocks in a drain slot, unless the block in HBM also has a share in another block's gradient.
-    A model of which nothing is trained needs neither.
+    What is frozen needs neither.
     """
-    if not any(lay.num_trainable for lay in layouts):
-        return 0, 0
-    drain = max((lay.num_slot_elements for lay in layouts if lay.index not in in_hbm), default=0)
+    drain = max((lay.num_grad_elements for lay in layouts if lay.index not in in_hbm), default=0)
     summed = [lay for lay in layouts if grad_dtype is not torch.float32 or (lay.index in in_hbm and lay.borrowed)]
-    return drain, max((lay.num_slot_elements for lay in summed), default=0)
+    return drain, max((lay.num_grad_elements for lay in summed), default=0)
 
 
 def check_fits(plan: MemoryPlan, remedy: str) -> None:

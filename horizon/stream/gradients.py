@@ -45,7 +45,7 @@ class GradientSink(Protocol):
 
 @dataclass(slots=True)
 class _DrainSlot:
-    flat: Tensor  # [largest block's slot elements], host gradient dtype
+    flat: Tensor  # [elements of the largest block's gradients], host gradient dtype
     drained: Any = None  # on the drain stream, after the copy to the host
 
 
@@ -100,7 +100,7 @@ class GradientSlots:
         size, total = gradient_slot_elements(layouts, self._in_hbm, buffers.dtype)
         self._slots = [_DrainSlot(streams.empty(size, dtype=buffers.dtype)) for _ in range(num_slots)]
         self._sum = streams.empty(total, dtype=torch.float32)
-        self._own = {b: streams.empty(layouts[b].num_slot_elements, dtype=torch.float32) for b in turn}
+        self._own = {b: streams.empty(layouts[b].num_grad_elements, dtype=torch.float32) for b in turn}
         self._spans = _all_spans(layouts)
         self._padding = [_padding(lay, spans) for lay, spans in zip(layouts, self._spans, strict=True)]
         self._order = list(dict.fromkeys(span.owner for spans in reversed(self._spans) for span in spans))  # as claimed
@@ -158,7 +158,7 @@ class GradientSlots:
 
     def rehearse(self, block: int, single: bool = False) -> None:
         """As `open`, for gradients that are dropped: in memory that keeps none, and with no buffer claimed."""
-        size, slot = self._layouts[block].num_slot_elements, self._slot
+        size, slot = self._layouts[block].num_grad_elements, self._slot
         dtype = self._buffers.dtype if single else torch.float32
         target = self._sum.view(dtype)
         if target.numel() < size and slot.flat.dtype is dtype and slot.flat.numel() >= size:

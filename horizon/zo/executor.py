@@ -24,7 +24,7 @@ from horizon.stream.forward import ForwardPasses, Visits
 from horizon.stream.head import LossFn
 from horizon.stream.streams import Streams
 from horizon.stream.timeline import HBM_UPDATE, Cause
-from horizon.zo.copies import Copies, pieces_of
+from horizon.zo.copies import Copies, Piece, pieces_of
 from horizon.zo.estimator import History
 from horizon.zo.losses import HeadLosses, share_of
 from horizon.zo.perturb import Perturber
@@ -146,11 +146,11 @@ class ForwardExecutor(ForwardPasses):
         self._perturb.begin(works)
         self._slots.begin()
         for layout in layouts:
-            pieces = [(self._slots.acquire(block), start) for block, start in pieces_of(layout, layouts)]
+            pieces = [(self._slots.acquire(piece.layout.index), piece) for piece in pieces_of(layout, layouts)]
             for query in range(num_queries):
                 self._streams.timeline.enter(Cause.optimizer, HBM_UPDATE, layout.index)
-                for slot, start in pieces:
-                    self._fill(slot, start, num_copies, query, version)
+                for slot, piece in pieces:
+                    self._fill(slot, piece, num_copies, query, version)
                 if query == num_queries - 1:
                     self._slots.release(pieces[0][0], back)
                 what = "head" if layout.index == self._model.head else "forward"
@@ -158,14 +158,16 @@ class ForwardExecutor(ForwardPasses):
                 yield layout.index, query, self._copies.params(layout.index)[:num_copies]
                 self._streams.timeline.enter(Cause.launch, "issuing")
 
-    def _fill(self, slot: Slot, start: int, num_copies: int, query: int, version: int) -> None:
-        """Bring a slot's master to `version`, and make its copies."""
-        block, seen = slot.block, slot.version
-        assert block is not None
-        slot.version = UNKNOWN  # until the kernel is launched: if that fails, what is there is of no use
-        targets = self._copies.targets(block, start, num_copies)
-        if targets or seen < version:
-            self._perturb(block, self._slots.states(slot), targets, query, updates=seen < version)
+    def _fill(self, slot: Slot, piece: Piece, num_copies: int, query: int, version: int) -> None:
+        """Bring a slot's master to `version`, and make its copies; what is frozen is the same for all queries."""
+        block, seen, states = piece.layout.index, slot.version, self._slots.states(slot)
+        trained = piece.layout.num_trainable
+        slot.version = UNKNOWN  # until the kernels are launched: if that fails, what is there is of no use
+        if trained and (num_copies or seen < version):
+            targets = self._copies.targets(piece, num_copies)
+            self._perturb(block, [s[:trained] for s in states], targets, query, updates=seen < version)
+        if trained < piece.layout.num_elements and num_copies and query == 0:
+            self._perturb(block, [s[trained:] for s in states], [self._copies.frozen(piece)], query, updates=False)
         slot.version = version
 
     def _pass(self, block: int, params: Params, lane: _Lane, batches: Sequence[MicroBatch]) -> None:

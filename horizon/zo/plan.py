@@ -65,12 +65,14 @@ def plan_memory(needs: ZerothOrderNeeds, limits: Limits) -> MemoryPlan:
     num_slots = min(needs.num_slots, len(layouts) - len(kept))
     master_bytes = sum(state.dtype.itemsize for state in states)
     slot = slot_elements(layouts, kept_blocks(layouts)) * master_bytes
+    perturbed, frozen = (elements * needs.compute_dtype.itemsize for elements in copy_elements(layouts))
     lines = [
         Line("host", f"weights ({needs.settings.master})", num_bytes(states[:1], layouts)),
         Line("host", "residual (low halves)", num_bytes(states[1:], layouts)),
         Line("host", "framework", needs.host_overhead),
         Line("device", f"weight slots ({num_slots})", num_slots * slot),
-        Line("device", "perturbed copies (+eps, -eps)", 2 * copy_elements(layouts) * needs.compute_dtype.itemsize),
+        Line("device", "perturbed copies (+eps, -eps)", 2 * perturbed),
+        Line("device", "copy of frozen weights", frozen),
         Line("device", "tied embedding", num_bytes(states, kept)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
@@ -124,10 +126,17 @@ def choose_rows(
 
 
 def least_traffic(needs: ZerothOrderNeeds) -> dict[tuple[str, str], int]:
-    """Bytes by (direction, what) that a step must move: streamed masters up once, and down once every k-th step."""
-    kept = kept_blocks(needs.layouts)
-    streamed = num_bytes(states_of(needs.settings), [lay for lay in needs.layouts if lay.index not in kept])
-    return {("H2D", "weights"): streamed, ("D2H", "weights"): streamed // needs.settings.writeback_every}
+    """Bytes by (direction, what) that a step must move: masters up once, the trained ones down every k-th step.
+
+    Those of kept blocks stay on the device.
+    """
+    states = states_of(needs.settings)
+    streamed = [lay for lay in needs.layouts if lay.index not in kept_blocks(needs.layouts)]
+    trained = sum(lay.num_trainable for lay in streamed) * sum(state.dtype.itemsize for state in states)
+    return {
+        ("H2D", "weights"): num_bytes(states, streamed),
+        ("D2H", "weights"): trained // needs.settings.writeback_every,
+    }
 
 
 def refuse_what_has_no_use(memory: MemoryConfig) -> None:

@@ -43,6 +43,7 @@ class Beginning:
     freeze: tuple[str, ...]
     settings: ZerothOrder
     model: str = ""  # as the user named it
+    adapter: dict[str, Any] | None = None  # peft's settings of the LoRA adapter, if it has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class ReplayLog:
         beginning = self.beginning
         header = {
             "horizon_replay": FORMAT, "model": beginning.model, "fingerprint": beginning.fingerprint,
-            "noise": VERSION, "freeze": list(beginning.freeze), **dataclasses.asdict(beginning.settings),
+            "noise": VERSION, "freeze": list(beginning.freeze), "adapter": beginning.adapter,
+            **dataclasses.asdict(beginning.settings),
         }  # fmt: skip
         return _line(header, self.run) + "".join(_line(dataclasses.asdict(record), {}) for record in self.records)
 
@@ -132,7 +134,8 @@ def read_log(path: str | Path) -> ReplayLog:
     try:
         settings = ZerothOrder(**{name: header[name] for name in names})
         records = [_record(row) for row in rows[1:]]
-        beginning = Beginning(header["fingerprint"], tuple(header["freeze"]), settings, header["model"])
+        frozen, adapter = tuple(header["freeze"]), header.get("adapter")  # which earlier versions did not write
+        beginning = Beginning(header["fingerprint"], frozen, settings, header["model"], adapter)
         run = {**header.get("run", {}), **rows[-1].get("run", {})}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a line lacks something or holds something else ({error!r})") from error
@@ -176,5 +179,5 @@ def check_log(log: ReplayLog, beginning: Beginning, path: str | Path) -> None:
     if theirs.fingerprint != beginning.fingerprint:
         raise CheckpointError(
             f"{path} belongs to a run that began with other weights (model {theirs.model!r}), or with other parameters "
-            f"frozen (freeze={list(theirs.freeze)})"
+            f"frozen (freeze={list(theirs.freeze)}), or with another adapter"
         )

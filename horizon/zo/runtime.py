@@ -19,6 +19,7 @@ from torch import Tensor
 
 from horizon.config.schema import ComputeDtype, Kernels, MemoryConfig
 from horizon.errors import BatchError, ConfigError, HorizonError
+from horizon.models.adapters import saved_config
 from horizon.models.blocks import BlockModel
 from horizon.models.kernels import choose_kernels
 from horizon.plan.machine import (
@@ -313,7 +314,8 @@ def build_zeroth_order(
     try:
         load(runtime.store.write_master, target)
         check_eps(runtime.store, settings, dtype)
-        runtime.beginning = Beginning(fingerprint(runtime.store), tuple(freeze), settings)
+        found = fingerprint(runtime.store)
+        runtime.beginning = Beginning(found, tuple(freeze), settings, adapter=saved_config(skeleton))
     except BaseException:
         runtime.close()
         raise

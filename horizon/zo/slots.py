@@ -184,13 +184,17 @@ class MasterSlots:
         slot.loaded = fetch.record_event()
 
     def _write(self, slot: Slot, version: int) -> Any:
-        """Bits and version of a block change together: if anything interrupts, `reset` takes it up again."""
+        """Bits and version of a block change together: if anything interrupts, `reset` takes it up again.
+
+        Bits that are frozen are on the host already.
+        """
         self._writing = slot, version
         drain, block = self._streams.drain, slot.block
         assert block is not None
-        with self._streams.moving(drain, "weights", block):
-            for target, source in zip(self._masters.states[block], self.states(slot), strict=True):
-                self._streams.copy(drain, target, source)
+        if trained := self._masters.layouts[block].num_trainable:
+            with self._streams.moving(drain, "weights", block):
+                for target, source in zip(self._masters.states[block], self.states(slot), strict=True):
+                    self._streams.copy(drain, target[:trained], source[:trained])
         self._masters.versions[block] = version
         self._writing = None
         return drain.record_event()

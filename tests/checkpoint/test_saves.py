@@ -248,8 +248,8 @@ def rewrite(path, key, value):
 def test_a_newer_schema_is_refused_naming_the_version(saved):
     path, _ = saved
     whole = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**whole, "schema": 3}))
-    with pytest.raises(CheckpointError, match=r"has schema 3 and this Horizon reads 2; use the version that wrote it"):
+    (path / "manifest.json").write_text(json.dumps({**whole, "schema": 4}))
+    with pytest.raises(CheckpointError, match=r"has schema 4 and this Horizon reads 3; use the version that wrote it"):
         Checkpoint(path)
 
 

@@ -142,7 +142,7 @@ class PlainPerturber(Perturber):
             copies[0].copy_(w)
 
     def _flat(self, block: int, step: int, query: int) -> Tensor:
-        flat, z = torch.zeros(self._layouts[block].num_elements), self._draw(step, query)
+        flat, z = torch.zeros(self._layouts[block].num_trainable), self._draw(step, query)
         for param in self._layouts[block].trainable:
             flat[param.offset : param.end] = z[param.name].flatten()
         return flat
