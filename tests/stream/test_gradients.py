@@ -82,6 +82,53 @@ def test_a_single_part_lands_as_it_is(dtype):
     assert sink.norms == {1: slots.norms[2:4].tolist()}  # its own parameters' norms land with the gradient
 
 
+def test_a_single_part_is_added_in_fp32_to_what_waits_in_bf16():
+    slots, buffers = make(UNTIED, torch.bfloat16)
+    old, new = torch.full((7,), 256.0).bfloat16(), torch.full((7,), 0.8).bfloat16()  # 76.8 + 0.8; in bf16 77 + 0.8 = 78
+    for share, gradient in ((0.0, old), (0.3, new)):
+        slots.begin_step(share)
+        slots.open(1, single=True)
+        slots.add({"b": gradient})
+        slots.close(Sink())
+    assert torch.equal(by_name(buffers, UNTIED)["b"], torch.full((7,), 77.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_hbm", [frozenset(), frozenset({1})], ids=["drained", "in HBM"])
+def test_blocks_that_are_open_together_have_the_sums_of_those_that_are_not(dtype, in_hbm):
+    """Two layers at the turn and the head, whose parts come in turns, twice; the second time to be added to."""
+    more = place_block(2, "more", [ParamSpec("c", "c", (6,)), ParamSpec("d", "d", (2, 2))])
+    head = place_block(3, "head", [ParamSpec("n", "n", (4,))], [("lm", 0, EMBED.params[0])])
+    layouts, generator, found = (EMBED, LAYER, more, head), torch.Generator().manual_seed(0), []
+    parts = [
+        {
+            lay.index: {n: torch.randn(shape, generator=generator) for n, _, shape in lay.grad_ranges()}
+            for lay in layouts
+        }
+        for _ in range(3)
+    ]
+    for turn in ((), (1, 2)):
+        buffers = KeptGradients(layouts, dtype, pin=False, in_hbm=in_hbm)
+        slots, sink = GradientSlots(Streams.on(CPU), layouts, buffers, turn=turn), Sink()
+        for share in (0.0, 0.4):
+            slots.begin_step(share)
+            for m, part in enumerate(parts if turn else ()):
+                for block in (3, 2, 1):
+                    slots.open(block, single=False)
+                    slots.add(part[block])
+                    if m == len(parts) - 1:
+                        slots.close(sink)
+            for block in (0,) if turn else (3, 2, 1, 0):
+                slots.open(block, single=False)
+                for part in parts:
+                    slots.add(part[block])
+                slots.close(sink)
+        found.append((by_name(buffers, layouts), sink.landings, slots.norms.tolist()))
+    (plain, *rest), (turned, *others) = found
+    assert rest == others
+    assert all(torch.equal(turned[name], value) for name, value in plain.items()) and plain["c"].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_parameter_without_a_gradient_gets_zeros_not_what_the_slot_held(dtype):
     slots, buffers = make(UNTIED, dtype, num_slots=1)
