@@ -97,7 +97,7 @@ def test_a_slow_stream_changes_no_bit(streamed, expected, offload_everything, mo
     [
         ("acquire", "fetch"),  # compute reads a slot before its weights have landed
         ("_load", "compute"),  # weights land in a slot that is still being read
-        ("open", "drain"),  # gradients are written over others that have yet to leave
+        ("_free_slot", "drain"),  # gradients are written over others that have yet to leave
         ("_drain", "compute"),  # gradients leave before they are computed
         ("_add_partial", "fetch"),  # the head's share of a tied gradient is added before it is there
         ("save", "compute"),  # a boundary leaves before it is computed
