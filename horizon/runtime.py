@@ -109,15 +109,9 @@ class Runtime:
             working_set, nodes = partial(measure_working_set, self.executor), needs.cxl.boundary_nodes
             on_disk = OffloadFile(self._nvme, self.store.ledger, self._pin, nodes)
             activations = Activations(
-                working_set,
-                self.streams,
-                not self._pin,
-                recompute,
-                token_bytes,
-                bool(needs.turn_layers),
-                nodes,
+                working_set, self.streams, not self._pin, recompute, token_bytes, bool(needs.turn_layers), nodes,
                 on_disk,
-            )
+            )  # fmt: skip
             release.callback(activations.close)
             self.planner = StepPlanner(
                 self, placer, activations, Predictor(timed_on(self.executor), rates, token_bytes)

@@ -76,7 +76,7 @@ def point(engine: horizon.Engine, args: argparse.Namespace, tokens: int, budget:
         "max_grad_norm": args.max_grad_norm, "clip": args.clip, "policy": args.policy,
         "activations": [line.purpose for line in engine.plan.activations if line.num_bytes],
         "in_hbm": [line.purpose for line in engine.plan.lines if line.purpose.startswith("states of")],
-        "micro_batch": micro_batch, "seconds": seconds,
+        "turn_layers": engine.plan.turn_layers, "micro_batch": micro_batch, "seconds": seconds,
         "tokens_per_s": tokens / seconds, **predicted,
         "prediction_error": predicted["predicted_seconds"] / seconds - 1 if predicted else None,
         "model_tflops": model_flops(SHAPES[args.shape], num_parameters, tokens, args.seq_len) / seconds / 1e12,

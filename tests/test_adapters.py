@@ -6,7 +6,7 @@ import torch
 from horizon.commands.models import find_model
 from horizon.config.compose import compose
 from horizon.errors import ConfigError
-from horizon.forecast.imagined import open_skeleton
+from horizon.forecast.shapes import open_shape
 from horizon.run_settings import check_settings, with_lr
 from horizon.trainer import Trainer
 from tests.parity.adapters import peft
@@ -62,7 +62,7 @@ def test_a_run_leaves_pefts_folder_and_one_that_stopped_the_same(kind, folder, t
 
 
 def test_the_plan_is_that_of_the_model_with_its_adapter(folder):
-    names = [p.name for layout in open_skeleton(compose(overrides(folder))).layouts for p in layout.trainable]
+    names = [p.name for layout in open_shape(compose(overrides(folder))).layouts for p in layout.trainable]
     assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
 
 

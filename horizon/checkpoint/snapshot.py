@@ -26,7 +26,6 @@ from horizon.checkpoint.arrays import as_array
 from horizon.checkpoint.format import DTYPES, ArraySpec, Chunk, StateArray
 from horizon.checkpoint.staging import Staging
 from horizon.errors import CheckpointError
-from horizon.optim.kernel import join_numba
 from horizon.store.arena import Arena
 from horizon.store.host import HostStore
 from horizon.stream.streams import Streams
@@ -261,5 +260,7 @@ def _combine(sources: list[Tensor], out: Tensor) -> None:
     if len(sources) == 1:
         np.copyto(as_array(out), as_array(sources[0]))
         return
+    from horizon.optim.kernel import join_numba  # here: a plan looks at saves, and has no use for numba
+
     high, low = (source.view(torch.int16).numpy() for source in sources)
     join_numba(high, low, out.view(torch.int32).numpy())

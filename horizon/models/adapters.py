@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from horizon.errors import ConfigError, UnsupportedModelError, one_line
 from horizon.models.lora import Lora, check_lora, require_peft
@@ -74,6 +73,8 @@ def lora_settings(lora: Lora, model: Any) -> Mapping[str, Any]:
 
 def _linear_layers(model: Any) -> list[str]:
     """Names of all linear layers but the head."""
+    from transformers.pytorch_utils import Conv1D  # here: a plan has no use for transformers
+
     head = model.get_output_embeddings()
     found = (name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return sorted({name.rpartition(".")[2] for name in found})

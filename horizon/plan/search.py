@@ -6,8 +6,9 @@ each block in HBM is paid for with recomputation, and each saves link and host m
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from horizon.layout import BlockLayout
@@ -50,22 +51,25 @@ def sample(num: int, near: int | None = None) -> range:
 def search(
     placed: Sequence[frozenset[int]], turn: Sequence[int], arrange: Callable[[frozenset[int], int], Arrangement | None]
 ) -> Arrangement | None:
-    """The best pair of blocks in HBM and layers at the turn: of a sample, then of all near the best of these.
+    """The best pair of blocks in HBM and layers at the turn, of which the first number is the least.
 
-    Where there is a choice of the one or the other only, of all.
+    With that number, of all placements. With more, of a sample of pairs, then of all near the best of these; and of
+    those only which need no more of the host, for a turn takes room on the device that boundaries would have.
     """
 
-    def found(rows: range, columns: range) -> list[Arrangement]:
-        options = (arrange(placed[i], turn[j]) for i in rows for j in columns)
+    def found(rows: Iterable[int], columns: Iterable[int]) -> list[Arrangement]:
+        options = (arrange(placed[i], turn[j]) for i, j in itertools.product(rows, columns))
         return [option for option in options if option is not None]
 
-    if min(len(placed), len(turn)) == 1:
-        return best(found(range(len(placed)), range(len(turn))))
-    chosen = best(found(sample(len(placed)), sample(len(turn))))
-    if chosen is None:
-        return None
-    i, j = placed.index(chosen.needs.in_hbm), turn.index(chosen.needs.turn_layers)
-    return best([chosen, *found(sample(len(placed), i), sample(len(turn), j))])
+    def no_larger(options: Iterable[Arrangement]) -> Iterator[Arrangement]:
+        return (option for option in options if plain is None or option.host_bytes <= plain.host_bytes)
+
+    plain = best(found(range(len(placed)), [0]))
+    chosen = best(no_larger(found(sample(len(placed)), sample(len(turn))[1:])))
+    if chosen is not None:
+        i, j = placed.index(chosen.needs.in_hbm), turn.index(chosen.needs.turn_layers)
+        chosen = best([chosen, *no_larger(found(sample(len(placed), i), sample(len(turn), j)))])
+    return best(option for option in (plain, chosen) if option is not None)
 
 
 def worth_a_slot(now: Arrangement, then: Arrangement) -> bool:

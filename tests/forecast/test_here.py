@@ -138,7 +138,7 @@ def test_training_has_the_threads_that_were_measured_unless_it_names_some(monkey
     def threads(**memory):
         seen = []
         monkeypatch.setattr("horizon.building.build_runtime", lambda *_, memory, **others: seen.append(memory))
-        build_parts(SMALL, memory=MemoryConfig(**memory), **SETTINGS)
+        build_parts(SMALL, memory=MemoryConfig(**memory), lora=None, **SETTINGS)
         return seen[0].update_threads
 
     assert here.measured_threads() is threads() is None  # all cores but one, then

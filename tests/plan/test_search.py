@@ -73,3 +73,12 @@ def test_the_best_pair_of_placement_and_turn_is_found_without_trying_all():
     assert (len(chosen.needs.in_hbm), chosen.needs.turn_layers) == (4, 28)
     assert len(tried) < 60 * 29 / 5
     assert search(placed, [40], arrange) is None
+
+
+def test_layers_at_the_turn_never_cost_host_memory():
+    def arrange(in_hbm, turn_layers):
+        found = arrangement(10 - turn_layers, 100 + (50 if turn_layers > 1 else 0) - len(in_hbm), in_hbm)
+        return found._replace(needs=replace(found.needs, turn_layers=turn_layers))
+
+    chosen = search([frozenset(), frozenset({0})], range(5), arrange)
+    assert (chosen.needs.in_hbm, chosen.needs.turn_layers) == ({0}, 1)
