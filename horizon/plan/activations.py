@@ -241,19 +241,21 @@ def choose_micro_batch(
     room in which layers could keep what they need for their backward.
 
     Args:
-        plans: without activations; they differ in the layers at the turn, of which the first has fewest.
+        plans: without activations; they differ in the layers at the turn, whose number ascends.
 
     Raises:
         BudgetError: not even one row fits.
     """
     best: tuple[tuple[bool, int, float], int] | None = None
 
+    def too_small(rows: int) -> bool:
+        return rows * seq_len < EFFICIENT_TOKENS and rows < batch_size
+
     def rank(plan: MemoryPlan, rows: int) -> tuple[bool, int, float]:
         tokens = [rows * seq_len] * (batch_size // rows)
         planned = plan_activations(plan, tokens, token_bytes, working, idle, recompute)
-        too_small = tokens[0] < EFFICIENT_TOKENS and rows < batch_size
         forwards = (plan.num_blocks - 2) * 4 * (1 + SUMMING_TOKENS / tokens[0]) - len(planned.recompute)
-        return too_small, planned.host_bytes // WORTHWHILE, forwards
+        return too_small(rows), planned.host_bytes // WORTHWHILE, forwards
 
     for rows in (rows for rows in range(1, batch_size + 1) if batch_size % rows == 0):
         try:
@@ -262,8 +264,8 @@ def choose_micro_batch(
             if rows == 1:
                 raise
             break  # more rows need more
-        for plan in plans[1:]:
-            with suppress(BudgetError):
+        with suppress(BudgetError):  # more layers need more, too
+            for plan in plans[1:] if not too_small(rows) else ():
                 found = min(found, rank(plan, rows))
         if best is None or found < best[0]:
             best = found, rows

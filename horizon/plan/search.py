@@ -6,7 +6,6 @@ each block in HBM is paid for with recomputation, and each saves link and host m
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -57,9 +56,13 @@ def search(
     those only which need no more of the host, for a turn takes room on the device that boundaries would have.
     """
 
-    def found(rows: Iterable[int], columns: Iterable[int]) -> list[Arrangement]:
-        options = (arrange(placed[i], turn[j]) for i, j in itertools.product(rows, columns))
-        return [option for option in options if option is not None]
+    def found(rows: Iterable[int], columns: Sequence[int]) -> Iterator[Arrangement]:
+        for i in rows:
+            for j in columns:
+                option = arrange(placed[i], turn[j])
+                if option is None:
+                    break  # more layers need more room
+                yield option
 
     def no_larger(options: Iterable[Arrangement]) -> Iterator[Arrangement]:
         return (option for option in options if plain is None or option.host_bytes <= plain.host_bytes)
