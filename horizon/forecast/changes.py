@@ -90,6 +90,7 @@ def smaller_levers(
         Lever("memory.rules", ([],) if memory.rules else (), 1),
         *_without_cxl(memory),
         Lever("memory.hbm_blocks", (None,) if memory.hbm_blocks is not None else (), 1),
+        Lever("memory.turn_layers", (None,) if memory.turn_layers else (), 1),
         Lever("memory.recompute", (Recompute.auto,) if memory.recompute is not Recompute.auto else (), 1),
         Lever("train.micro_batch", (None,) if train.micro_batch is not None else (), 1),
         Lever("memory.weight_slots", (1,) if memory.weight_slots != 1 else (), 2),

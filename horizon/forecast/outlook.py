@@ -100,8 +100,8 @@ def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: Budge
 SMALLEST: Change = {
     "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
     "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
-    "memory.recompute": Recompute.auto, "memory.rules": [], "memory.cxl_nodes": "auto", "memory.cxl_budget": "auto",
-    "memory.cxl_simulated.size": None,
+    "memory.turn_layers": None, "memory.recompute": Recompute.auto, "memory.rules": [], "memory.cxl_nodes": "auto",
+    "memory.cxl_budget": "auto", "memory.cxl_simulated.size": None,
 }  # fmt: skip
 
 

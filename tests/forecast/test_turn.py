@@ -6,6 +6,7 @@ import pytest
 
 from horizon.config.compose import load_machine
 from horizon.config.schema import Clip, MemoryConfig, Recompute
+from horizon.forecast.outlook import look
 from tests.forecast.conftest import settings
 
 WIDE = {
@@ -49,3 +50,12 @@ def test_only_layers_that_keep_their_graph_are_at_the_turn(forecast):
     assert found.activations.recompute == dict.fromkeys(range(13, 17), Recompute.none)
     less = replace(found.needs, turn_layers=0)
     assert [*less.turn] == [] and [*found.needs.turn] == [13, 14, 15, 16]
+
+
+def test_too_many_layers_are_refused_and_the_plan_may_choose_instead(forecaster):
+    config = settings(WIDE, train__batch_size=64, train__seq_len=1024)
+    config.memory = MemoryConfig(device_budget="16GiB", turn_layers=16)
+    outlook = look(forecaster(config, load_machine("h200")), config)
+    assert outlook.forecast is None and outlook.refusal.tier == "device"
+    assert "weights, sums of 16 turn layers" in str(outlook.refusal)
+    assert outlook.alternatives[0].change == {"memory.turn_layers": None}
