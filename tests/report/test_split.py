@@ -117,8 +117,12 @@ def test_it_is_strict_json_with_records_inside():
 
 
 @pytest.mark.parametrize("weight_slots", [1, 2, 3])
-def test_a_simulated_steps_parts_add_up(weight_slots):
-    timeline, _ = simulate(tiny_model(), Durations(data=5, issue=1, published={1: 90}), weight_slots=weight_slots)
+@pytest.mark.parametrize("turn_layers", [0, 2])
+def test_a_simulated_steps_parts_add_up(weight_slots, turn_layers):
+    timeline, _ = simulate(
+        tiny_model(), Durations(data=5, issue=1, published={1: 90}), weight_slots=weight_slots, num_micro_batches=2,
+        turn_layers=turn_layers,
+    )  # fmt: skip
     split = split_of([timeline], {})
     parts = split.arithmetic_ms, split.link_ms, split.optimizer_ms, split.disk_ms, split.data_ms, split.launch_ms
     assert sum(parts) == split.step_ms == (timeline.end - timeline.start) * 1000
