@@ -171,7 +171,7 @@ def read_chunks(folder: Path, spec: ArraySpec) -> Iterator[tuple[Chunk, Tensor]]
     try:
         store = open_array(folder, spec)
         ahead: deque[tuple[Chunk, Any]] = deque()
-        for chunk in spec.chunks():
+        for chunk in spec.chunks:
             ahead.append((chunk, store[chunk.index].read()))
             if len(ahead) == READ_AHEAD:
                 yield _result(ahead)
@@ -193,7 +193,7 @@ def damaged(folder: Path, spec: ArraySpec, what: str) -> CheckpointError:
 
 def check_files(folder: Path, spec: ArraySpec) -> None:
     """Raise a CheckpointError if a chunk's file is missing or has not the size that it must have."""
-    for chunk in spec.chunks():
+    for chunk in spec.chunks:
         try:
             size = (folder / spec.folder / chunk.file).stat().st_size
         except OSError as error:

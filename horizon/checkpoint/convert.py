@@ -97,14 +97,14 @@ def import_model(source: Path, target: Path) -> Manifest:
     writer, room = ArrayWriter(partial.path), threading.Semaphore(CHUNKS_IN_FLIGHT)
 
     def write(spec: ArraySpec, tensor: Tensor) -> None:
-        for chunk in spec.chunks():
+        for chunk in spec.chunks:
             room.acquire()  # a tensor's fp32 values do not pile up
             writer.write(spec, chunk, tensor[chunk.index].to("cpu", torch.float32).contiguous(), room.release)
 
     try:
         import_weights(source, skeleton, lambda name, tensor: write(specs[name], tensor.detach()))
         for name, buffer in saved_buffers(skeleton).items():
-            for chunk in kept[name].chunks():
+            for chunk in kept[name].chunks:
                 writer.write(kept[name], chunk, buffer[chunk.index].contiguous(), lambda: None)
         writer.finish()
         commit(partial, manifest, TokenizerFiles(source))

@@ -79,9 +79,10 @@ class ArraySpec:
         """Where the array lies inside the checkpoint, with forward slashes."""
         return f"{ARRAYS}/{encode_name(self.name)}/{self.kind}"
 
-    def chunks(self) -> Iterator[Chunk]:
-        """All chunks, in the order of the flat numbers."""
-        return cut_chunks(self.shape, self.chunk)
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks, in the order of the flat numbers; kept, for every save begins with a look at them."""
+        return tuple(cut_chunks(self.shape, self.chunk))
 
     def zarr_metadata(self) -> dict[str, Any]:
         """What its zarr.json says."""

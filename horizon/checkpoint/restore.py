@@ -167,7 +167,7 @@ def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterato
     scales = [checkpoint.read(param.name, state.name).numpy() for state in MOMENTS[saved][2:]]
     spec = checkpoint.spec(param.name, "exp_avg")
     names = ("exp_avg", "exp_avg_sq")
-    if all(chunk.start % GROUP == 0 for chunk in spec.chunks()):
+    if all(chunk.start % GROUP == 0 for chunk in spec.chunks):
         parts = zip(*(checkpoint.chunks(param.name, name) for name in names), strict=True)
         runs = ((of_m[0].start, of_m[1].reshape(-1), of_v[1].reshape(-1)) for of_m, of_v in parts)
     else:  # rows so long that a chunk is less than 64 of them: the parameter at once

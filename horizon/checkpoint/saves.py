@@ -159,7 +159,7 @@ class Saves:
     @property
     def num_bytes(self) -> int:
         """Bytes of a checkpoint on disk."""
-        return sum(len([*spec.chunks()]) * spec.chunk_file_bytes for spec in self.specs)
+        return sum(len(spec.chunks) * spec.chunk_file_bytes for spec in self.specs)
 
     def memory(self, staging: str, room: int) -> int:
         """Host bytes that saves will use; `staging` is `auto` or a size, `room` what the plan has left.
@@ -223,7 +223,7 @@ class Saves:
 
     def _write_buffers(self, writer: ArrayWriter) -> None:
         for spec in self._buffer_specs:
-            for chunk in spec.chunks():
+            for chunk in spec.chunks:
                 writer.write(spec, chunk, self._buffers[spec.name][chunk.index].contiguous(), lambda: None)
 
     def before_update(self, block: int) -> None:
@@ -291,7 +291,7 @@ def saving_bytes(arrays: Sequence[StateArray], staging_size: int, on_gpu: bool, 
 
 
 def _aligned_bytes(arrays: Sequence[StateArray]) -> int:
-    return sum(len([*array.spec.chunks()]) * _chunk_bytes(array) for array in arrays)
+    return sum(len(array.spec.chunks) * _chunk_bytes(array) for array in arrays)
 
 
 def _chunk_bytes(array: StateArray) -> int:

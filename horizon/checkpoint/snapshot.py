@@ -73,7 +73,7 @@ class Snapshot:
         self._changed = threading.Condition()  # guards everything below
         self._waiting: dict[int, deque[_Piece]] = {}
         for array in arrays:
-            self._waiting.setdefault(array.block, deque()).extend(_Piece(array, c) for c in array.spec.chunks())
+            self._waiting.setdefault(array.block, deque()).extend(_Piece(array, c) for c in array.spec.chunks)
         self._under_way: Counter[int] = Counter()  # pieces of a block that are being set aside
         self._urgent: int | None = None  # a block that an update waits for
         self._error: BaseException | None = None

@@ -61,7 +61,7 @@ def test_chunks_of_a_matrix_begin_with_a_group_where_there_is_room_for_64_rows(r
 
 def test_a_large_embedding_is_cut_into_nearly_equal_chunks():
     spec = ArraySpec("embed", "master", (151936, 2048), "float32")
-    chunks = [*spec.chunks()]
+    chunks = [*spec.chunks]
     assert len(chunks) == 19 and chunks[-1].file == "c.18.0"
     assert len(chunks) * spec.chunk_file_bytes < 1.01 * spec.num_bytes
     assert spec.chunk_file_bytes <= (64 << 20) + 4

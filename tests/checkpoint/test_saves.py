@@ -123,7 +123,7 @@ def test_staging_is_in_the_plan_and_is_kept_to(tmp_path):
 
 
 def chunk_bytes(engine):
-    return sum(len([*s.chunks()]) * (-(-s.chunk_file_bytes // 4096) * 4096) for s in engine._runtime.saves.specs)
+    return sum(len(s.chunks) * (-(-s.chunk_file_bytes // 4096) * 4096) for s in engine._runtime.saves.specs)
 
 
 def test_staging_that_does_not_fit_is_refused(tmp_path):
