@@ -79,6 +79,9 @@ def test_layers_at_the_turn_send_their_gradients_when_the_last_part_has_come_bac
     cost = step(drain=10, parts=2, turn_layers=2, as_landed=True)
     # Block 0 goes to 2, the first part to 7, the second reaches the head's end at 10; then four gradients, one by one.
     assert spent(cost) == (14, 10 + 4 * 10 - 14, 0, 0)
+    # A block in HBM below them waits for no slot, but block 1 did, from 12 until the head's was drained at 20.
+    below = changed(step(drain=10, parts=2, turn_layers=2, as_landed=True, in_hbm=(0,)), 0, backward_s=(50, 50))
+    assert seconds(below) == 20 + 2 * 50
 
 
 def test_loads_hide_behind_longer_passes():
