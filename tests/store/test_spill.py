@@ -137,6 +137,24 @@ def test_who_fills_waits_until_the_oldest_is_on_disk(opened):
     assert all(is_there(spill.fetch(place), place) or spill.release(place) for place in PLACES[:1])
 
 
+def test_a_buffer_that_is_released_while_it_is_written_is_nobodys_until_it_is(opened):
+    spill, _ = opened(1)
+    may_write, write = threading.Event(), DirectFile.write
+    with mock.patch.object(SlowFile, "write", lambda *args: (may_write.wait(), write(*args))):
+        fill(spill, PLACES[:1])
+        spill.release(PLACES[0], DONE)
+        filler = threading.Thread(target=fill, args=(spill, PLACES[1:2]))
+        filler.start()
+        filler.join(0.05)
+        assert filler.is_alive()
+        may_write.set()
+        filler.join(20)
+    spill.expect(PLACES[:2])
+    for place in PLACES[:2]:
+        assert is_there(spill.fetch(place), place)
+        spill.release(place, DONE)
+
+
 def test_a_buffer_is_not_read_into_before_the_copy_out_of_it_is_over(opened):
     """Nor filled, nor written from before the copy into it is over."""
     spill, _ = opened(1)
