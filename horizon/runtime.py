@@ -272,7 +272,6 @@ class Runtime:
         room = self.plan.limits.host - planned(replace(self.needs, saving=0)).num_bytes("host")
         needs = replace(self.needs, saving=self.saves.memory(staging, room))
         check_fits(planned(needs), "a smaller checkpoint.staging")
-        self.saves.settle()
         self.saves.make_staging()
         self.plan, self.needs = planned(needs), needs
 

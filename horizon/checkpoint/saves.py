@@ -177,8 +177,12 @@ class Saves:
         return self._staging_bytes > 0
 
     def make_staging(self) -> None:
-        """Have as much as `memory` said, its pages coming into being behind the steps before the first save."""
+        """Have as much as `memory` said, its pages coming into being behind the steps before the first save.
+
+        Where that is more than there was, it waits for the save under way, and raises as `finish`.
+        """
         if self._staging is not None and self._staging.num_bytes < self._staging_bytes:
+            self.finish()  # it is being written from what there was
             self._staging.close()
             self._staging = None
         self._staging = self._staging or Staging(self._staging_bytes)

@@ -145,6 +145,7 @@ def refuse_what_has_no_use(memory: MemoryConfig) -> None:
     for key, value, default in (
         ("recompute", memory.recompute, Recompute.auto),
         ("hbm_blocks", memory.hbm_blocks, None),
+        ("turn_layers", memory.turn_layers, None),
         ("nvme_dir", memory.nvme_dir, None),
         ("update_threads", memory.update_threads, None),
         ("cxl_nodes", memory.cxl_nodes, "auto"),

@@ -122,6 +122,22 @@ def test_staging_is_in_the_plan_and_is_kept_to(tmp_path):
     Checkpoint(tmp_path / "saved").verify()
 
 
+def test_more_staging_waits_for_what_is_written_from_the_old(tmp_path, monkeypatch):
+    write = arrays.ArrayWriter._do
+    monkeypatch.setattr(arrays.ArrayWriter, "_do", lambda writer, job: (time.sleep(0.02), write(writer, job)))
+    with build() as engine:
+        engine.plan_checkpoints("512KiB")
+        train(engine, 1, 1)
+        expected = dict(engine.named_master_parameters())
+        save = engine.save_checkpoint(tmp_path / "saved")
+        engine._runtime.saves.settle()  # all is set aside, little is written
+        engine.plan_checkpoints("1MiB")
+        save.wait()
+        assert engine._runtime.saves._staging.num_bytes > 512 << 10
+    found = Checkpoint(tmp_path / "saved")
+    assert all(torch.equal(found.read(name, "master"), value) for name, value in expected.items())
+
+
 def chunk_bytes(engine):
     return sum(len(s.chunks) * (-(-s.chunk_file_bytes // 4096) * 4096) for s in engine._runtime.saves.specs)
 

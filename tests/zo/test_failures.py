@@ -66,6 +66,7 @@ def test_an_eps_that_rounds_away_is_refused(master, compute_dtype, eps):
         ({"memory": horizon.MemoryConfig(policy="hbm_first")}, "memory.policy=hbm_first has no use"),
         ({"memory": horizon.MemoryConfig(hbm_blocks=1)}, "memory.hbm_blocks=1 has no use"),
         ({"memory": horizon.MemoryConfig(update_threads=1)}, "memory.update_threads=1 has no use"),
+        ({"memory": horizon.MemoryConfig(turn_layers=1)}, "memory.turn_layers=1 has no use"),
         ({"memory": horizon.MemoryConfig(cxl_nodes=[1])}, "memory.cxl_nodes=\\[1\\] has no use"),
         (
             {"memory": horizon.MemoryConfig(cxl_simulated=horizon.SimulatedCxl(size="1GiB"))},
