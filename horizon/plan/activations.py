@@ -21,9 +21,9 @@ Key = tuple[int, int]  # block that takes the hidden states as input, micro-batc
 BORROW_ALIGN = 256
 LOOKAHEAD = 2  # offloaded boundaries on their way back while one is being used
 EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
-SUMMING_TOKENS = (
-    350  # whose arithmetic takes what a micro-batch more does: sums of gradients, smaller products; an H200
-)
+# Tokens whose arithmetic takes as long as what one micro-batch more costs, sums of gradients and smaller products: by
+# passes timed on an H200.
+SUMMING_TOKENS = 350
 FRAGMENTS = 16  # of what graphs hold, the allocator loses one more such part between tensors of many sizes
 WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
 
