@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from horizon.units import align_up
 
@@ -66,9 +67,9 @@ class Borrowed:
         return self.offset + self.param.spec.numel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockLayout:
-    """The flat layout of one block; see the module's picture."""
+    """The flat layout of one block; see the module's picture. What it sums up is asked for often, and kept."""
 
     index: int
     name: str
@@ -78,11 +79,20 @@ class BlockLayout:
     num_elements: int  # elements the block owns, padding included
     num_slot_elements: int  # elements a slot needs to hold the block, borrowed parameters included
 
-    @property
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(p.spec.numel for p in self.params)
+
+    @cached_property
     def trainable(self) -> tuple[Param, ...]:
         return tuple(p for p in self.params if p.spec.trainable)
 
-    @property
+    @cached_property
+    def num_trained(self) -> int:
+        """Parameters with a gradient: `num_trainable` without padding."""
+        return sum(p.spec.numel for p in self.trainable)
+
+    @cached_property
     def num_grad_elements(self) -> int:
         """Elements a slot needs to hold the gradients that the block produces, at the offsets of its parameters."""
         ends = (b.end for b in self.borrowed if b.param.spec.trainable)

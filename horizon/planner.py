@@ -19,6 +19,8 @@ from horizon.config.schema import Policy, Recompute
 from horizon.errors import BudgetError, ConfigError
 from horizon.layout import BlockLayout
 from horizon.plan.activations import ActivationPlan
+from horizon.plan.bound import least_seconds
+from horizon.plan.lanes import step_seconds
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, plan_memory
 from horizon.plan.placement import Placer, most_turn_layers, unknown_activations
 from horizon.plan.search import Arrangement, placements, sample, search, worth_a_slot
@@ -210,10 +212,9 @@ class StepPlanner:
             planned = self._activations.consider(fixed, shapes, idle, parts.version)
         except BudgetError:
             return None
-        step = needs, planned, shapes, parts.as_landed
         host_bytes = fixed.with_activations(planned.lines).num_bytes("host")
-        least_s = self._predictor.least_seconds(*step)
-        return Arrangement(needs, planned, host_bytes, least_s, partial(self._predictor.estimate, *step))
+        cost = self._predictor.cost(needs, planned, shapes, parts.as_landed)
+        return Arrangement(needs, planned, host_bytes, least_seconds(cost), partial(step_seconds, cost))
 
     # ---- how many slots weights have
 

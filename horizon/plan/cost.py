@@ -75,26 +75,9 @@ def layer_kind(layout: BlockLayout, first: int, plan: ActivationPlan) -> LayerKi
     return layout.num_elements, layout.num_trainable, kept
 
 
-def predict_step(
-    needs: MemoryNeeds,
-    plan: ActivationPlan,
-    tokens: Sequence[int],
-    token_bytes: int,
-    times: StepTimes,
-    rates: Rates,
-    as_landed: bool,
-) -> StepPrediction:
-    """A step in steady state.
-
-    Args:
-        plan: of the step's activations.
-        tokens: tokens of each micro-batch.
-        token_bytes: bytes of one token's hidden state.
-        rates: with the disk's, where states are on nvme.
-        as_landed: the host updates a block as soon as its gradient has landed, not when the norm is known.
-    """
-    spent = run_steps(step_cost(needs, plan, tokens, token_bytes, times, rates, as_landed))
-    return StepPrediction(num_tokens=sum(tokens), **{f"{cause}_s": seconds for cause, seconds in spent.items()})
+def predict_step(step: StepCost, num_tokens: int) -> StepPrediction:
+    """A step of that many tokens in steady state."""
+    return StepPrediction(num_tokens=num_tokens, **{f"{cause}_s": spent for cause, spent in run_steps(step).items()})
 
 
 def step_cost(
@@ -106,7 +89,15 @@ def step_cost(
     rates: Rates,
     as_landed: bool,
 ) -> StepCost:
-    """What `horizon.plan.lanes` simulates; arguments as for `predict_step`."""
+    """What a step asks of the lanes that `horizon.plan.lanes` simulates.
+
+    Args:
+        plan: of the step's activations.
+        tokens: tokens of each micro-batch.
+        token_bytes: bytes of one token's hidden state.
+        rates: with the disk's, where states are on nvme.
+        as_landed: the host updates a block as soon as its gradient has landed, not when the norm is known.
+    """
     first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
     shares = [num / times.num_tokens for num in tokens]
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
@@ -118,8 +109,8 @@ def step_cost(
     def block(layout: BlockLayout) -> BlockCost:
         passes = _passes(layout, first, head, plan, times)
         at_home = layout.index in in_hbm
-        num_gradients = sum(math.prod(shape) for _, _, shape in layout.grad_ranges())
         shared = [b for b in layout.borrowed if b.param.spec.trainable]
+        num_gradients = layout.num_trained + sum(b.param.spec.numel for b in shared)
         closing = _closing_bytes(needs, len(tokens) > 1 or layout.index == head)
         return BlockCost(
             load_s=loaded_elements(layout, in_hbm) * element / rates.up_bytes_per_s
@@ -231,7 +222,7 @@ class _Paging:
 
 def _drained_elements(layout: BlockLayout, in_hbm: Set[int]) -> int:
     """Elements of the block's gradient that cross the link: its own, and those of what it borrows."""
-    own = sum(p.spec.numel for p in layout.trainable) if layout.index not in in_hbm else 0
+    own = layout.num_trained if layout.index not in in_hbm else 0
     return own + sum(b.param.spec.numel for b in layout.borrowed if b.param.spec.trainable and b.owner not in in_hbm)
 
 

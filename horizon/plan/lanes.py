@@ -8,6 +8,7 @@ The host itself takes no time but once a step; while it waits for something, it 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from horizon.plan.memory import DRAIN_SLOTS, RING_BUFFERS
 from horizon.plan.spilled import SpilledBoundaries
 from horizon.plan.updates import NOTHING, UpdateCost, Updates
 
-SETTLING_STEPS = 3  # simulated before the one that counts: by then every step is like the one before
+SETTLING_STEPS = 3  # simulated before the one that counts, at most: by then every step is like the one before
+CAUSES = "arithmetic", "link", "optimizer", "disk", "launch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,28 +65,17 @@ class StepCost:
 def run_steps(step: StepCost) -> dict[str, float]:
     """Seconds of one step in steady state: arithmetic, and what compute waits for: link, optimizer, disk, launch."""
     lanes = _Lanes(step)
+    spent = lanes.run()
     for _ in range(SETTLING_STEPS):
-        lanes.run()
-    before = dict(lanes.spent)
-    lanes.run()
-    return {cause: seconds - before[cause] for cause, seconds in lanes.spent.items()}
+        before, spent = spent, lanes.run()
+        if all(math.isclose(spent[cause], before[cause], rel_tol=1e-9, abs_tol=1e-12) for cause in spent):
+            break
+    return spent
 
 
-def least_seconds(step: StepCost) -> float:
-    """What `run_steps` takes at least: a step is as long as its busiest lane."""
-    away = [cost for cost in step.blocks if not cost.in_hbm]
-    forward = sum(sum(cost.forward_s) for cost in step.blocks[:-1])
-    backward = sum(sum(cost.backward_s) + cost.close_s for cost in step.blocks[step.first :])
-    updates = [cost.update for cost in away if cost.buffers]
-    return max(
-        forward + backward + step.host_s,
-        sum(cost.load_s for cost in away),
-        sum(cost.drain_s for cost in away),
-        sum(update.work_s for update in updates),
-        sum(update.read_s + update.write_s + (update.gradient_s or 0) for update in updates)
-        + sum(cost.spill_s or 0 for cost in away if cost.buffers)
-        + sum(cost.offloads for cost in step.blocks) * sum(step.write_s),
-    )
+def step_seconds(step: StepCost) -> float:
+    """All that `run_steps` says."""
+    return sum(run_steps(step).values())
 
 
 @dataclass(slots=True)
@@ -106,19 +97,21 @@ class _Slot:
 
 
 class _Lanes:
-    """Lanes, slots and versions between and during steps; `spent` accounts for all time on compute."""
+    """Lanes, slots and versions between and during steps."""
 
     def __init__(self, step: StepCost):
         self._step, self._blocks, self._head = step, step.blocks, len(step.blocks) - 1
         self._compute, self._updates = _Lane(), Updates(step.page_buffers)
         self._fetch, self._drain = (_Lane(), _Lane()) if step.overlaps else (self._compute, self._compute)
         self._host = 0.0  # what the host issues from now on does not begin earlier
-        self.spent = dict.fromkeys(("arithmetic", "link", "optimizer", "disk", "launch"), 0.0)
+        self._spent: dict[str, float] = {}
+        self._sources = [tuple(dict.fromkeys((b, *cost.buffers))) for b, cost in enumerate(self._blocks)]
         for block in range(len(self._blocks)):
             self._updates.settle(block, 0.0)
         self._turn = range(self._head - step.turn_layers, self._head)
         self._slots = [_Slot() for _ in range(step.weight_slots)]
         self._own = {block: _Slot() for block in self._turn}
+        self._holding: dict[int, _Slot] = {}
         self._in_use: dict[int, _Slot] = {}
         self._visits: list[int] = []
         self._late: dict[int, str] = {}  # blocks that were not there yet when a slot was free for them, and why
@@ -137,8 +130,9 @@ class _Lanes:
         self._written = [0.0] * len(self._blocks)  # when those are there
         self._order: deque[tuple[int, int]] = deque()
 
-    def run(self) -> None:
-        """One step."""
+    def run(self) -> dict[str, float]:
+        """One step; accounts for all its time on compute."""
+        self._spent = dict.fromkeys(CAUSES, 0.0)
         back = range(self._turn.start - 1, self._step.first - 1, -1)
         self._begin([*range(self._head + 1), *back])
         for block in range(self._turn.start):
@@ -152,6 +146,7 @@ class _Lanes:
         for block in back:
             self._backward(block)
         self._end()
+        return self._spent
 
     # ---- passes
 
@@ -292,8 +287,9 @@ class _Lanes:
             self._boundaries = SpilledBoundaries(disk, step.write_s, step.read_s, BOUNDARY_BUFFERS)
         self._late = {}
         self._staged, self._reader = (-1, 0.0), max(self._reader, self._host)
+        self._holding = {}  # they are of an older version
         for slot in (*self._slots, *self._own.values()):
-            slot.block = None  # of an older version
+            slot.block = None
         self._prefetch()
 
     def _acquire(self, block: int) -> None:
@@ -302,9 +298,7 @@ class _Lanes:
         if self._blocks[block].in_hbm:
             self._wait(self._up_to_date(block), "optimizer")
         else:
-            slot = self._holding(block)
-            assert slot is not None
-            self._in_use[block] = slot
+            slot = self._in_use[block] = self._holding[block]
             self._idle(slot.loaded, slot.late)
         self._next += 1
         self._prefetch()
@@ -317,7 +311,7 @@ class _Lanes:
     def _prefetch(self, wait: bool = False) -> None:
         while self._ahead < len(self._visits):
             block = self._visits[self._ahead]
-            if not self._blocks[block].in_hbm and self._holding(block) is None:
+            if not self._blocks[block].in_hbm and block not in self._holding:
                 slot = self._victim(block)
                 if slot is None:
                     return
@@ -335,6 +329,9 @@ class _Lanes:
         ready = slot.released
         if any(self._blocks[source].in_hbm for source in self._blocks[block].buffers):
             ready = max(ready, self._compute.free)  # their updates are kernels
+        if slot.block is not None:
+            del self._holding[slot.block]
+        self._holding[block] = slot
         slot.block, slot.late = block, self._late.pop(block, "link")
         slot.loaded = self._copy(self._fetch, ready, self._blocks[block].load_s)
         if self._blocks[block].staging_s:
@@ -342,7 +339,7 @@ class _Lanes:
 
     def _up_to_date(self, block: int) -> float:
         """When the weights of the block, and those that it borrows, can be loaded."""
-        return max(self._updates.published(source) for source in (block, *self._blocks[block].buffers))
+        return max(map(self._updates.published, self._sources[block]))
 
     def _read(self, block: int) -> float:
         """When what the next load brings from disk is in memory: read ahead, as far as buffers reach."""
@@ -355,34 +352,33 @@ class _Lanes:
             self._staged = self._ahead, self._reader
         return self._staged[1]
 
-    def _holding(self, block: int) -> _Slot | None:
-        slots = [self._own[block]] if block in self._own else self._slots
-        return next((slot for slot in slots if slot.block == block), None)
-
     def _victim(self, block: int) -> _Slot | None:
         if block in self._own:
             return self._own[block]
-        coming, later = self._visits[self._next : self._ahead], self._visits[self._ahead :]
+        coming = self._visits[self._next : self._ahead]
         idle = [slot for slot in self._slots if slot.block not in self._in_use and slot.block not in coming]
-        return max(idle, key=lambda s: later.index(s.block) if s.block in later else len(later), default=None)
+        if len(idle) < 2:
+            return idle[0] if idle else None
+        later = self._visits[self._ahead :]
+        return max(idle, key=lambda s: later.index(s.block) if s.block in later else len(later))
 
     # ---- time
 
     def _work(self, seconds: float) -> None:
-        self.spent["arithmetic"] += seconds
+        self._spent["arithmetic"] += seconds
         self._compute.free += seconds
 
     def _idle(self, until: float, cause: str) -> None:
         """Compute waits."""
-        self.spent[cause] += max(0.0, until - self._compute.free)
+        self._spent[cause] += max(0.0, until - self._compute.free)
         self._compute.free = max(self._compute.free, until)
 
     def _wait(self, until: float, cause: str) -> None:
         """The host waits, and compute does once it has nothing left to do."""
         if cause == "optimizer":  # while its threads wait for pages, the disk is to blame
             by_disk = self._updates.disk_wait(self._compute.free, until)
-            self.spent["disk"] += by_disk
-            self.spent["optimizer"] -= by_disk
+            self._spent["disk"] += by_disk
+            self._spent["optimizer"] -= by_disk
         self._idle(until, cause)
         self._host = max(self._host, until)
         for lane in (self._fetch, self._drain):

@@ -195,7 +195,7 @@ def plan_memory(needs: MemoryNeeds, limits: Limits) -> MemoryPlan:
     Raises:
         BudgetError: states, slots or framework do not fit; says by how much and the smallest budget that works.
     """
-    parameters = sum(p.spec.numel for lay in needs.layouts for p in lay.params)
+    parameters = sum(lay.num_parameters for lay in needs.layouts)
     plan = MemoryPlan(
         len(needs.layouts), parameters, fixed_lines(needs), limits,
         boundaries=needs.boundaries, turn_layers=needs.turn_layers,

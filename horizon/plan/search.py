@@ -14,7 +14,6 @@ from horizon.layout import BlockLayout
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.memory import MemoryNeeds
 from horizon.plan.placement import preference
-from horizon.plan.prediction import StepPrediction
 
 SAMPLES = 12  # of placements, and of numbers of layers at the turn, that are looked at first, about
 A_SLOT = 0.02  # of a step: what another slot must save; it is as large as the largest block
@@ -28,7 +27,7 @@ class Arrangement(NamedTuple):
     activations: ActivationPlan
     host_bytes: int
     least_s: float  # what such a step takes at least; is known sooner than
-    predict: Callable[[], StepPrediction]
+    seconds: Callable[[], float]  # what it takes
 
 
 def placements(layouts: Sequence[BlockLayout]) -> list[frozenset[int]]:
@@ -77,20 +76,20 @@ def search(
 
 def worth_a_slot(now: Arrangement, then: Arrangement) -> bool:
     """Whether `then`, with a slot more, is faster by more than steps differ by themselves."""
-    return then.predict().seconds < (1 - A_SLOT) * now.predict().seconds
+    return then.seconds() < (1 - A_SLOT) * now.seconds()
 
 
 def best(arrangements: Iterable[Arrangement]) -> Arrangement | None:
     """The one that needs the least host memory among the fastest; None where there are none.
 
-    Not predicted are those that take longer at the least than another that was.
+    Not worked out is the time of those that take longer at the least than another does.
     """
     timed: list[tuple[float, Arrangement]] = []
     limit = math.inf
     for option in sorted(arrangements, key=lambda option: option.least_s):
         if option.least_s > limit:
             break
-        timed.append((option.predict().seconds, option))
+        timed.append((option.seconds(), option))
         limit = min(limit, timed[-1][0] * (1 + AS_FAST))
     fast = [(option.host_bytes, seconds, option) for seconds, option in timed if seconds <= limit]
     return min(fast, key=lambda found: found[:2])[2] if fast else None

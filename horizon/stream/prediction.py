@@ -12,7 +12,7 @@ import torch
 from horizon.config.schema import Recompute
 from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, StepTimes, predict_step, step_cost
-from horizon.plan.lanes import least_seconds
+from horizon.plan.lanes import StepCost
 from horizon.plan.memory import MemoryNeeds
 from horizon.plan.prediction import StepPrediction
 from horizon.stream.measure import sample_batch
@@ -95,24 +95,15 @@ class Predictor:
             return None
         if not self.time(shapes, _kinds(needs, planned), version):
             return None
-        self._predictions[_key(needs, shapes)] = self.estimate(needs, planned, shapes, as_landed)
+        cost = self.cost(needs, planned, shapes, as_landed)
+        self._predictions[_key(needs, shapes)] = predict_step(cost, sum(rows * length for rows, length in shapes))
         return self._predictions[_key(needs, shapes)]
 
-    def estimate(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool) -> StepPrediction:
+    def cost(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool) -> StepCost:
         """A step of micro-batches that were timed, with all kinds of keeping in `planned`; arguments as `predict`."""
-        return predict_step(*self._step(needs, planned, shapes, as_landed))
-
-    def least_seconds(self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool) -> float:
-        """What `estimate` says at least; takes a fraction of its time."""
-        return least_seconds(step_cost(*self._step(needs, planned, shapes, as_landed)))
-
-    def _step(
-        self, needs: MemoryNeeds, planned: ActivationPlan, shapes: Shapes, as_landed: bool
-    ) -> tuple[MemoryNeeds, ActivationPlan, list[int], int, StepTimes, Rates, bool]:
-        """The step as `horizon.plan.cost` takes it."""
         _, times = self._times[_timed_key(shapes)]
         tokens = [rows * length for rows, length in shapes]
-        return needs, planned, tokens, self._token_bytes, times, self._rates, as_landed
+        return step_cost(needs, planned, tokens, self._token_bytes, times, self._rates, as_landed)
 
     def time(self, shapes: Shapes, kinds: Set[Recompute], version: int) -> bool:
         """Time the passes over the first of these micro-batches, which is as large as any, once for each kind.

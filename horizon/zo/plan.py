@@ -76,7 +76,7 @@ def plan_memory(needs: ZerothOrderNeeds, limits: Limits) -> MemoryPlan:
         Line("device", "tied embedding", num_bytes(states, kept)),
         Line("device", "framework and buffers", needs.device_overhead),
     ]
-    parameters = sum(p.spec.numel for layout in layouts for p in layout.params)
+    parameters = sum(layout.num_parameters for layout in layouts)
     plan = MemoryPlan(len(layouts), parameters, tuple(lines), limits)
     short = plan.num_bytes("host") > limits.host and len(states) > 1
     check_fits(plan, f"a smaller model, {'zo.master=bf16' if short else 'fewer memory.weight_slots'}")

@@ -179,9 +179,9 @@ def test_boundaries_on_disk_move_whole_disk_blocks():
     assert cost(plan=replace(away, tier=Tier.dram), rates=DISK).write_s == cost(plan=away).write_s == ()
 
 
-def predicted(rates=RATES, **changes):
-    of = needs(**changes)
-    return predict_step(of, KEEP_ALL, [32, 32], 10, TIMES, rates, as_landed=not of.keeps_gradients)
+def predicted(rates=RATES, of=None, **changes):
+    of = of or needs(**changes)
+    return predict_step(step_cost(of, KEEP_ALL, [32, 32], 10, TIMES, rates, not of.keeps_gradients), 64)
 
 
 def test_the_bound_is_what_a_step_waits_for():
@@ -190,9 +190,7 @@ def test_the_bound_is_what_a_step_waits_for():
     assert predicted(replace(fast, updates_per_s=100)).bound == "host memory bandwidth"
     assert predicted(replace(fast, up_bytes_per_s=100)).bound == "link"
     moments = on_disk(needs(), "exp_avg", "exp_avg_sq")
-    slow = predict_step(
-        moments, KEEP_ALL, [32, 32], 10, TIMES, replace(fast, disk=DiskRates(1000.0, 1000.0)), as_landed=False
-    )
+    slow = predicted(replace(fast, disk=DiskRates(1000.0, 1000.0)), moments)
     assert slow.bound == "disk" and slow.seconds > 2 * 8 * 20.544  # 20,544 parameters, read and written
     assert predicted(fast).arithmetic_s == pytest.approx(2 * (1 + 2 + 3 * (3 + 9) + 8), rel=1e-3)
 

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from horizon.plan.lanes import BlockCost, StepCost, least_seconds, run_steps
+from horizon.plan.bound import least_seconds
+from horizon.plan.lanes import BlockCost, StepCost, _Lanes, run_steps
 from horizon.plan.memory import RING_BUFFERS
 from horizon.plan.spilled import SpilledBoundaries
 from horizon.plan.updates import UpdateCost, Updates
@@ -184,10 +185,18 @@ def steps(draw):
     )  # fmt: skip
 
 
+def steady_seconds(cost):
+    """Of a step, if it is like those that follow; with a disk every third step may differ from the two before."""
+    lanes = _Lanes(cost)
+    totals = [sum(lanes.run().values()) for _ in range(10)]
+    assume(totals[-7:] == pytest.approx([totals[-1]] * 7))
+    return totals[-1]
+
+
 @settings(deadline=None)
 @given(steps())
 def test_a_step_is_never_shorter_than_what_disk_and_threads_have_to_do(cost):
-    total = sum(run_steps(cost).values()) + 1e-9
+    total = steady_seconds(cost) + 1e-9
     updates = [block.update for block in cost.blocks]
     assert total >= sum(u.work_s for u in updates)
     gradients = sum((u.gradient_s or 0) + (b.spill_s or 0) for u, b in zip(updates, cost.blocks, strict=True))
@@ -201,6 +210,8 @@ def test_a_step_is_never_shorter_than_what_disk_and_threads_have_to_do(cost):
 @settings(deadline=None)
 @given(steps())
 def test_without_a_disk_a_step_is_no_longer(cost):
+    # Boundaries that return share the fetch lane with loads further ahead, which come early without a disk.
+    cost = replace(cost, blocks=tuple(replace(block, offloads=False) for block in cost.blocks))
     blocks = [replace(b, staging_s=0.0, spill_s=None, update=UpdateCost(work_s=b.update.work_s)) for b in cost.blocks]
     without = replace(cost, blocks=tuple(blocks), write_s=(), read_s=())
-    assert sum(run_steps(without).values()) <= sum(run_steps(cost).values()) + 1e-9
+    assert steady_seconds(without) <= steady_seconds(cost) + 1e-9

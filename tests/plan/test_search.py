@@ -5,16 +5,14 @@ from dataclasses import replace
 import pytest
 
 from horizon.plan.activations import ActivationPlan
-from horizon.plan.prediction import StepPrediction
 from horizon.plan.search import AS_FAST, Arrangement, best, placements, sample, search
 from tests.plan.test_placement import TIED, UNTIED, needs
 
 
 def arrangement(seconds, host_bytes, in_hbm=(), least=None):
-    prediction = StepPrediction(num_tokens=1, arithmetic_s=seconds, link_s=0, optimizer_s=0, launch_s=0)
     activations = ActivationPlan(frozenset(), {}, ())
     placed = replace(needs(), in_hbm=frozenset(in_hbm))
-    return Arrangement(placed, activations, host_bytes, seconds if least is None else least, lambda: prediction)
+    return Arrangement(placed, activations, host_bytes, seconds if least is None else least, lambda: seconds)
 
 
 def test_a_head_of_its_own_is_tried_last_and_right_after_the_embedding():
@@ -34,12 +32,12 @@ def test_the_fastest_wins_and_among_those_as_fast_the_one_with_the_least_on_the_
     assert best([]) is None
 
 
-def test_what_takes_longer_at_the_least_is_not_predicted():
+def test_what_takes_longer_at_the_least_is_not_timed():
     def never():
-        raise AssertionError("predicted in vain")
+        raise AssertionError("timed in vain")
 
     fast, near = arrangement(1.0, 100, least=0.5), arrangement(1.001, 50, least=1.0)
-    hopeless = arrangement(9.0, 0, least=1 + AS_FAST * 2)._replace(predict=never)
+    hopeless = arrangement(9.0, 0, least=1 + AS_FAST * 2)._replace(seconds=never)
     assert best([hopeless, near, fast]) is near
 
 
