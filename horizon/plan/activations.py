@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from horizon.config.schema import Recompute, Tier
@@ -317,5 +318,12 @@ def borrow(sizes: Mapping[Key, int], idle: Sequence[int]) -> tuple[dict[Key, lis
 
 
 def own_bytes(sizes: Mapping[Key, int], idle: Sequence[int]) -> int:
-    """Host bytes that boundaries need beyond what they can borrow."""
-    return sum(align_up(num_bytes, BORROW_ALIGN) for num_bytes in borrow(sizes, idle)[1].values())
+    """Host bytes that boundaries need beyond what they can `borrow`, which fills one buffer after another."""
+    rooms = (num_bytes // BORROW_ALIGN * BORROW_ALIGN for num_bytes in idle)
+    below = list(accumulate(rooms, initial=0))  # in the buffers of all blocks below one
+    lent = own = 0
+    for (block, _), num_bytes in sorted(sizes.items()):
+        homeless = max(0, num_bytes - below[min(block, len(idle))] + lent)
+        lent += align_up(num_bytes - homeless, BORROW_ALIGN)
+        own += align_up(homeless, BORROW_ALIGN)
+    return own

@@ -240,6 +240,9 @@ def _host_update(
 
 def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:
     """An update by the host: at its pace in dram, or at that of cxl where what lies there takes longer."""
+    dram_s = layout.num_trainable / rates.updates_per_s
+    if not needs.uses_cxl:
+        return dram_s
 
     def share(state: str) -> float:
         return 1.0 if needs.tier(state, layout.index) is Tier.cxl else needs.cxl.share
@@ -247,7 +250,7 @@ def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> flo
     trained = ((s.name, layout.num_trainable // s.group * s.dtype.itemsize) for s in needs.states)
     on_cxl = sum(2 * share(state) * num_bytes for state, num_bytes in trained)
     on_cxl += share(GRADS) * layout.num_trainable * needs.grad_dtype.itemsize
-    return max(layout.num_trainable / rates.updates_per_s, on_cxl / rates.cxl_bytes_per_s)
+    return max(dram_s, on_cxl / rates.cxl_bytes_per_s)
 
 
 def _update_bytes(layout: BlockLayout, needs: MemoryNeeds) -> int:

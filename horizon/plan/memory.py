@@ -175,6 +175,11 @@ class MemoryNeeds:
         return bool(self.on_nvme or self.grads_on_nvme) or self.boundaries is Tier.nvme
 
     @property
+    def uses_cxl(self) -> bool:
+        """Whether states may be on cxl."""
+        return self.cxl.share > 0 or Tier.cxl in self.placed.values()
+
+    @property
     def gradient_map(self) -> DiskMap:
         """The file of the gradients that wait on nvme."""
         places = [(GRADS, block) for block in self.grads_on_nvme]
@@ -252,6 +257,8 @@ def _kinds(needs: MemoryNeeds) -> dict[str, Sequence[State]]:
 
 def _held(needs: MemoryNeeds, states: Sequence[State], tier: Tier) -> int:
     """Bytes of these states on one tier of the host."""
+    if tier is not Tier.dram and tier not in needs.placed.values():
+        return 0  # is asked for often
     of_tier = ((s, lay) for s in states for lay in needs.layouts if needs.tier(s.name, lay.index) is tier)
     return sum(s.num_bytes(lay) for s, lay in of_tier)
 

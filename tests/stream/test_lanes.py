@@ -50,8 +50,7 @@ def predicted(model, durations, weight_slots, parts, offloaded, recompute, in_hb
     )
     for lay in layouts:
         lanes._updates.settle(lay.index, durations.published.get(lay.index, 0))
-    lanes.run()
-    return {cause: seconds for cause, seconds in lanes.spent.items() if seconds}
+    return {cause: seconds for cause, seconds in lanes.run().items() if seconds}
 
 
 @settings(deadline=None, max_examples=60)
