@@ -9,6 +9,7 @@ budgets.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -154,24 +155,38 @@ def names_block(pattern: str, layout: BlockLayout) -> bool:
 def spill(needs: MemoryNeeds, limits: Limits) -> MemoryNeeds:
     """`needs` with as little on nvme as it takes for the rest to fit host memory; as it is where all of it fits.
 
-    What only the update reads goes first, from the last block downward: the first blocks' updates are awaited soonest.
-    Then gradients, which every pass writes, and weights, which it reads. Should nothing fit, all is there, and the plan
-    refuses it.
+    What only the update reads goes first. Then gradients, which every pass writes, and weights, which it reads. What
+    goes of one kind is spread over the model, so that the disk is at work all along the update, and the first blocks,
+    whose updates are awaited soonest, come last. Should nothing fit, all is there, and the plan refuses it.
     """
-    if tier_bytes(needs)[0] <= limits.host:
-        return needs
-    last_first = [lay for lay in reversed(needs.layouts) if lay.index not in needs.in_hbm]
-    optimizer = [state.name for state in needs.states if state.name != "weights"]
-    kinds = optimizer, [GRADS], ["weights"]
-    order = [
-        (name, lay.index) for kind in kinds for lay in last_first for name in kind if name in _placeable(needs, lay)
-    ]
-    option = needs
-    for num in range(1, len(order) + 1):
-        option = replace(needs, placed=dict.fromkeys(order[:num], Tier.nvme))
-        if tier_bytes(option)[0] <= limits.host:
+    gone: list[Place] = []
+
+    def fits(places: Sequence[Place]) -> bool:
+        return tier_bytes(replace(needs, placed=dict.fromkeys(places, Tier.nvme)))[0] <= limits.host
+
+    for kind in _spilling_order(needs):
+        if fits(gone):  # the first of a kind brings staging, so that more of it may fit worse
             break
-    return option
+        options = [[*gone, *_spread(kind, num)] for num in range(len(kind) + 1)]
+        gone = options[bisect_left(options[:-1], True, key=fits)]
+    return replace(needs, placed=dict.fromkeys(gone, Tier.nvme)) if gone else needs
+
+
+def _spread(places: Sequence[Place], num: int) -> list[Place]:
+    """So many of them at equal distances, the last one first."""
+    return [places[-1 - i * len(places) // num] for i in range(num)]
+
+
+def _spilling_order(needs: MemoryNeeds) -> list[list[Place]]:
+    """What may leave host memory, by kind, those first that cost a step least."""
+    blocks = [lay for lay in needs.layouts if lay.index not in needs.in_hbm]
+    optimizer = [state for state in needs.states if state.name != "weights"]
+    large = [state.name for state in optimizer if state.group == 1]
+    scales = [state.name for state in optimizer if state.group > 1]
+    return [
+        [(name, lay.index) for lay in blocks for name in kind if name in _placeable(needs, lay)]
+        for kind in (large, scales, [GRADS], ["weights"])
+    ]
 
 
 def tier_bytes(needs: MemoryNeeds) -> tuple[int, int]:

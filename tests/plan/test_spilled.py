@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from horizon.config.schema import Policy, Recompute, Tier, TierRule
+from horizon.config.schema import Moments, Policy, Recompute, Tier, TierRule
 from horizon.errors import BudgetError, ConfigError
+from horizon.layout import ParamSpec, place_block
 from horizon.plan.activations import WorkingSet, choose_micro_batch, plan_activations
 from horizon.plan.disk import BOUNDARY_BUFFERS, DISK_BLOCK
 from horizon.plan.memory import RING_BUFFERS, Limits, MemoryPlan, fixed_lines, plan_memory
@@ -87,6 +88,25 @@ def test_gradients_leave_host_memory_after_optimizer_states_and_before_weights()
                 order.append(name)
     assert order[-2:] == ["grads", "weights"]
     assert "grads" not in {name for name, _ in spill(needs(keeps=False), Limits(0, 0)).placed}
+
+
+@pytest.mark.parametrize("moments", list(Moments))
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+def test_what_leaves_host_memory_is_spread_over_the_model_and_no_more_than_must(share, moments, monkeypatch):
+    monkeypatch.setattr("horizon.plan.memory.UPDATE_PAGES", 0)  # staging would be as large as all of it
+    layouts = [place_block(i, f"b{i}", [ParamSpec(f"{i}.w", "w", (256, 64))]) for i in range(24)]
+    wanted = replace(needs(layouts), moments=moments)
+    large = [
+        (state.name, i) for i in range(24) for state in wanted.states if state.group == 1 and state.name != "weights"
+    ]
+    size = {place: next(s.num_bytes(layouts[0]) for s in wanted.states if s.name == place[0]) for place in large}
+    must = int(share * sum(size.values()))
+    gone = spill(wanted, Limits(tier_bytes(wanted)[0] - must, 0)).placed
+    assert must <= sum(size[place] for place in gone) <= must + 2 * max(size.values())
+    at = sorted(large.index(place) for place in gone)
+    gaps = [b - a for a, b in zip([-1, *at], [*at, len(large)], strict=True)]
+    assert max(gaps[:-1]) - min(gaps[1:-1], default=0) <= 1  # all the same, as far as that goes
+    assert gaps[-1] == 1 and gaps[0] >= max(gaps[1:])  # the first blocks' updates are awaited soonest
 
 
 @pytest.mark.parametrize("layouts", [UNTIED, TIED], ids=["untied", "tied"])
