@@ -17,6 +17,7 @@ from horizon.checkpoint.reader import Checkpoint
 from horizon.checkpoint.restore import (
     check_same,
     check_weights,
+    clear_moments,
     model_facts,
     optimizer_facts,
     restore_moments,
@@ -115,6 +116,8 @@ def restore(runtime: Runtime | ZerothOrderRuntime, folder: str | Path, weights_o
         checkpoint.fill_buffers(dict(skeleton.named_buffers()))
         if whole:
             restore_moments(checkpoint, store, Moments(runtime.optimizer.moments), manifest.seed)
+        else:
+            clear_moments(store)
 
     if whole:
         runtime.restore(fill, manifest.step, manifest.last_norm)

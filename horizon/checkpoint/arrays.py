@@ -1,8 +1,8 @@
-"""Arrays on disk, chunk by chunk, through TensorStore: zarr3, little-endian, a crc32c behind every chunk.
+"""Arrays written to disk, chunk by chunk, through TensorStore: zarr3, little-endian, a crc32c behind every chunk.
 
 Chunks are written past the page cache where the file system allows it, for the machine needs its memory for other
-things, and are on disk when `finish` returns.
-A chunk that is missing is an error when it is read, not zeros. TensorStore is imported with the first array.
+things, and are on disk when `finish` returns. TensorStore is imported with the first array.
+`horizon.checkpoint.reading` reads them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +27,6 @@ from horizon.units import MIB
 # Being encoded or written; each may hold a second copy of itself. A fast disk wants many: on 16 cores 4 of them reached
 # 0.65 of what raw writes reach, 16 of them 0.93.
 CHUNKS_IN_FLIGHT = max(4, min(16, available_cores()))
-READ_AHEAD = 4  # chunks
 LIBRARY_BYTES = 48 * MIB  # of code and small things, measured
 _IO_THREADS, _COPY_THREADS = CHUNKS_IN_FLIGHT, CHUNKS_IN_FLIGHT // 2
 
@@ -51,7 +48,7 @@ class ArrayWriter:
         self._stores: dict[ArraySpec, Any] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: the end, for one thread
         self._error: CheckpointError | None = None
-        _can_be_direct(folder)  # found out once, before several threads ask
+        can_be_direct(folder)  # found out once, before several threads ask
         names = (f"horizon-checkpoint-write-{number}" for number in range(CHUNKS_IN_FLIGHT))
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
         for thread in self._threads:
@@ -126,9 +123,8 @@ def open_array(folder: Path, spec: ArraySpec, create: bool = False) -> Any:
             "kvstore": {"driver": "file", "path": f"{folder}/{spec.folder}/"},
             "metadata": spec.zarr_metadata(),
             "store_data_equal_to_fill_value": True,
-            "fill_missing_data_reads": False,
         },
-        context=_context(_can_be_direct(folder)),
+        context=_context(can_be_direct(folder)),
         open=True,
         create=create,
     ).result()
@@ -148,7 +144,7 @@ def _context(direct: bool) -> Any:
 
 
 @cache
-def _can_be_direct(folder: Path) -> bool:
+def can_be_direct(folder: Path) -> bool:
     """Whether files in a checkpoint's folder can be read and written past the page cache: not on every file system."""
     probe = folder / MANIFEST
     is_new = not probe.exists()
@@ -162,46 +158,6 @@ def _can_be_direct(folder: Path) -> bool:
     return True
 
 
-def read_chunks(folder: Path, spec: ArraySpec) -> Iterator[tuple[Chunk, Tensor]]:
-    """Every chunk of an array and its numbers, in order, a few of them in memory at a time.
-
-    Raises:
-        CheckpointError: naming the array that is missing or damaged.
-    """
-    try:
-        store = open_array(folder, spec)
-        ahead: deque[tuple[Chunk, Any]] = deque()
-        for chunk in spec.chunks:
-            ahead.append((chunk, store[chunk.index].read()))
-            if len(ahead) == READ_AHEAD:
-                yield _result(ahead)
-        while ahead:
-            yield _result(ahead)
-    except (ValueError, OSError) as error:
-        raise damaged(folder, spec, one_line(error)) from error
-
-
-def _result(ahead: deque[tuple[Chunk, Any]]) -> tuple[Chunk, Tensor]:
-    chunk, future = ahead.popleft()
-    return chunk, as_tensor(np.ascontiguousarray(future.result()))
-
-
-def damaged(folder: Path, spec: ArraySpec, what: str) -> CheckpointError:
-    """The error for an array that cannot be read."""
-    return CheckpointError(f"{folder} is damaged at {spec.name} ({spec.kind}): {what}; use an earlier checkpoint")
-
-
-def check_files(folder: Path, spec: ArraySpec) -> None:
-    """Raise a CheckpointError if a chunk's file is missing or has not the size that it must have."""
-    for chunk in spec.chunks:
-        try:
-            size = (folder / spec.folder / chunk.file).stat().st_size
-        except OSError as error:
-            raise damaged(folder, spec, f"{chunk.file}: {error.strerror}") from error
-        if size != spec.chunk_file_bytes:
-            raise damaged(folder, spec, f"{chunk.file} has {size} bytes instead of {spec.chunk_file_bytes}")
-
-
 def as_array(values: Tensor) -> Array:
     """A numpy view of a CPU tensor, in the data type that TensorStore knows it by."""
     if values.dtype is torch.bfloat16:
@@ -209,13 +165,6 @@ def as_array(values: Tensor) -> Array:
 
         return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return values.numpy()
-
-
-def as_tensor(array: Array) -> Tensor:
-    """The inverse of `as_array`."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def writing_bytes(num_bytes: int) -> int:

@@ -47,7 +47,7 @@ def _compare(one: Checkpoint, other: Checkpoint, spec: ArraySpec) -> str | None:
     different, largest, total = 0, 0.0, 0
     pairs = zip(one.chunks(spec.name, spec.kind), other.chunks(spec.name, spec.kind), strict=True)
     for (_, a), (_, b) in pairs:
-        unequal = (a.reshape(-1).view(torch.uint8) != b.reshape(-1).view(torch.uint8)).view(a.numel(), -1).any(1)
+        unequal = (a.view(torch.uint8) != b.view(torch.uint8)).view(a.numel(), -1).any(1)
         different, total = different + int(unequal.sum()), total + a.numel()
         if a.numel():
             largest = max(largest, float((a.double() - b.double()).abs().max()))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from horizon.checkpoint.arrays import check_files, damaged, read_chunks
-from horizon.checkpoint.format import BUFFER_KIND, DTYPES, MASTER_KIND, ArraySpec, Chunk
+from horizon.checkpoint.arrays import as_array
+from horizon.checkpoint.format import BUFFER_KIND, DTYPES, MASTER_KIND, ArraySpec
 from horizon.checkpoint.manifest import Manifest, read_manifest
+from horizon.checkpoint.reading import Use, check_files, read_arrays, read_chunks
 from horizon.errors import CheckpointError
 
 
@@ -41,16 +44,19 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder} holds no {kind} of {name}") from None
 
-    def chunks(self, name: str, kind: str) -> Iterator[tuple[Chunk, Tensor]]:
-        """An array's chunks and their numbers; errors as `read_chunks`."""
+    def chunks(self, name: str, kind: str) -> Iterator[tuple[int, Tensor]]:
+        """An array's numbers, chunk by chunk; see `read_chunks`."""
         return read_chunks(self.folder, self.spec(name, kind))
+
+    def read_each(self, reads: Iterable[tuple[ArraySpec, Use]]) -> None:
+        """Hand the numbers of several arrays to whom they are for, on several threads; see `read_arrays`."""
+        read_arrays(self.folder, reads)
 
     def read(self, name: str, kind: str = MASTER_KIND) -> Tensor:
         """A whole array, a new CPU tensor of its shape."""
         spec = self.spec(name, kind)
         whole = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-        for chunk, values in self.chunks(name, kind):
-            whole[chunk.index] = values
+        self.read_each([(spec, partial(_put, whole.view(-1)))])
         return whole
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -63,14 +69,15 @@ class Checkpoint:
             if kind == BUFFER_KIND and name in buffers:
                 buffers[name].copy_(self.read(name, kind))
 
-    def verify(self, progress: Callable[[ArraySpec], None] = lambda spec: None) -> None:
+    def verify(self) -> None:
         """Read every array and compare its checksums.
 
         Raises:
             CheckpointError: naming the first array that is damaged.
         """
-        for spec in self.manifest.arrays:
-            progress(spec)
-            num_read = sum(chunk.stop - chunk.start for chunk, _ in read_chunks(self.folder, spec))
-            if num_read * DTYPES[spec.dtype].itemsize != spec.num_bytes:
-                raise damaged(self.folder, spec, f"{num_read} numbers")
+        self.read_each((spec, lambda start, numbers: None) for spec in self.manifest.arrays)
+
+
+def _put(flat: Tensor, start: int, numbers: Tensor) -> None:
+    """Not by torch, which would start threads for each of those that read."""
+    np.copyto(as_array(flat[start : start + numbers.numel()]), as_array(numbers))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from horizon.checkpoint.arrays import Array
+from horizon.checkpoint.arrays import Array, as_array
 from horizon.checkpoint.format import MASTER_KIND
 from horizon.checkpoint.reader import Checkpoint
 from horizon.config.schema import Moments
@@ -37,6 +37,7 @@ _IDLE_KEYS = {
 }  # fmt: skip
 _IDLE_ADAPTER_KEYS = {"base_model_name_or_path", "revision", "peft_version", "task_type", "auto_mapping"}
 _NUM_NAMED = 3
+PIECE = 1 << 22  # masters that are split at a time: what does not lie in host memory takes as much beside the chunk
 
 Write: TypeAlias = Callable[[str, int, Tensor], None]  # a block's numbers: state, first number, values
 
@@ -125,15 +126,21 @@ def differences(
 
 
 def restore_weights(checkpoint: Checkpoint, store: HostStore) -> None:
-    """Fill all masters, and set moments to zero.
+    """Fill all masters.
 
     Raises:
-        CheckpointError: an array is damaged; what was read before it has been stored.
+        CheckpointError: an array is damaged; others, and parts of it, have been stored.
     """
+    checkpoint.read_each(
+        (checkpoint.spec(param.name, MASTER_KIND), partial(_write_masters, store, layout.index, param.offset))
+        for layout in store.layouts
+        for param in layout.params
+    )
+
+
+def clear_moments(store: HostStore) -> None:
+    """Have all moments as they are before the first step."""
     for layout in store.layouts:
-        for param in layout.params:
-            for chunk, values in checkpoint.chunks(param.name, MASTER_KIND):
-                store.write_elements(layout.index, param.offset + chunk.start, values)
         for name in store.moments:
             store.clear_state(name, layout.index)
 
@@ -143,23 +150,68 @@ def restore_moments(checkpoint: Checkpoint, store: HostStore, moments: Moments, 
     manifest = checkpoint.manifest
     assert manifest.optimizer is not None
     saved = Moments(manifest.optimizer["moments"])
-    for layout in store.layouts:
-        write = partial(store.write_numbers, layout.index)
-        for param in layout.trainable:
-            if saved is moments:
-                _copy(checkpoint, param, write, moments)
-                continue
-            for start, both in _as_float32(checkpoint, param, saved):
-                first = param.offset + start
-                random = random_bits(noise(seed, manifest.step, layout.index, first), both[0].size)
-                _store(write, first, both, moments, random)
+    trained = [(layout.index, param) for layout in store.layouts for param in layout.trainable]
+    if saved is moments:
+        checkpoint.read_each(
+            (
+                checkpoint.spec(param.name, state.name),
+                partial(_write_numbers, store, block, state.name, state.span(param.offset, param.end).start),
+            )
+            for block, param in trained
+            for state in MOMENTS[moments]
+        )
+        return
+    for block, param in trained:
+        for start, both in _as_float32(checkpoint, param, saved):
+            first = param.offset + start
+            random = random_bits(noise(seed, manifest.step, block, first), both[0].size)
+            _store(partial(store.write_numbers, block), first, both, moments, random)
 
 
-def _copy(checkpoint: Checkpoint, param: Param, write: Write, moments: Moments) -> None:
-    for state in MOMENTS[moments]:
-        begin = state.span(param.offset, param.end).start
-        for chunk, values in checkpoint.chunks(param.name, state.name):
-            write(state.name, begin + chunk.start, values.reshape(-1))
+def _write_masters(store: HostStore, block: int, first: int, start: int, masters: Tensor) -> None:
+    """Store masters of a block, from `first + start` on, in the format that it has them in."""
+    start += first
+    split = bool(store.residual)
+    for piece in torch.split(masters, PIECE):
+        if split is not (piece.dtype is torch.float32):  # of the other format
+            store.write_elements(block, start, piece)
+        elif split:
+            _write_halves(store, block, start, piece)
+        else:
+            _write_numbers(store, block, "weights", 0, start, piece)
+        start += piece.numel()
+
+
+def _write_halves(store: HostStore, block: int, start: int, masters: Tensor) -> None:
+    """Split masters right where the halves belong, if that is host memory."""
+    from horizon.optim.kernel import split_numba  # here: `horizon.checkpoints`, which a plan imports, has no use for it
+
+    dtypes = {"weights": torch.bfloat16, "residual": torch.int16}
+    places = {name: _in_memory(store, block, name, start, masters.numel()) for name in dtypes}
+    halves = {
+        name: torch.empty(masters.numel(), dtype=dtypes[name]) if place is None else place
+        for name, place in places.items()
+    }
+    split_numba(masters.view(torch.int32).numpy(), *(half.view(torch.int16).numpy() for half in halves.values()))
+    for name, half in halves.items():
+        if places[name] is None:
+            store.write_numbers(block, name, start, half)
+
+
+def _write_numbers(store: HostStore, block: int, name: str, first: int, start: int, numbers: Tensor) -> None:
+    """Store numbers of a state of a block from `first + start` on."""
+    place = _in_memory(store, block, name, first + start, numbers.numel())
+    if place is None:
+        store.write_numbers(block, name, first + start, numbers)
+    else:
+        np.copyto(as_array(place), as_array(numbers))  # torch would start threads for each of those that read
+
+
+def _in_memory(store: HostStore, block: int, name: str, start: int, num: int) -> Tensor | None:
+    """Numbers of a state where they lie, if that is host memory."""
+    state = store.states(block)[name]
+    is_here = state.device.type == "cpu" and (name, block) not in store.on_nvme
+    return state[start : start + num] if is_here else None
 
 
 def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterator[tuple[int, tuple[Array, Array]]]:
@@ -169,7 +221,7 @@ def _as_float32(checkpoint: Checkpoint, param: Param, saved: Moments) -> Iterato
     names = ("exp_avg", "exp_avg_sq")
     if all(chunk.start % GROUP == 0 for chunk in spec.chunks):
         parts = zip(*(checkpoint.chunks(param.name, name) for name in names), strict=True)
-        runs = ((of_m[0].start, of_m[1].reshape(-1), of_v[1].reshape(-1)) for of_m, of_v in parts)
+        runs = ((start, m, v) for (start, m), (_, v) in parts)
     else:  # rows so long that a chunk is less than 64 of them: the parameter at once
         m, v = (checkpoint.read(param.name, name).reshape(-1) for name in names)
         runs = (run for run in [(0, m, v)])

@@ -121,6 +121,18 @@ def join_numba(high, low, bits):  # type: ignore[no-untyped-def]
         bits[i] = (np.int32(high[i]) << np.int32(16)) + np.int32(low[i])
 
 
+@numba.njit(
+    [types.void(*[types.Array(t, 1, "C") for t in (types.int32, types.int16, types.int16)])], nogil=True, cache=CACHE
+)
+def split_numba(bits, high, low):  # type: ignore[no-untyped-def]
+    """Fill the halves of masters, which `bits` are: `horizon.store.split.split_master` on one thread."""
+    half, sixteen = np.uint32(0x8000), np.uint32(16)
+    for i in range(bits.size):
+        u = np.uint32(bits[i])
+        high[i] = np.int16((u + half) >> sixteen)
+        low[i] = np.int16(u)
+
+
 # ---- updates made before the norm is known, and taken back: see `horizon.optim.speculation`
 
 _HALVES, _FLOATS = types.Array(types.uint16, 1, "C"), types.Array(types.float32, 1, "C")

@@ -88,6 +88,16 @@ def test_a_live_engine_goes_back_and_on_again(tmp_path):
         assert equal(states(engine), final)
 
 
+def test_weights_alone_find_no_moments_left_of_an_engine_that_trained(tmp_path):
+    with build() as engine:
+        engine.save_checkpoint(tmp_path / "saved").wait()
+        expected, final = train(engine, 1, 2), states(engine)
+        engine.restore(tmp_path / "saved", weights_only=True)
+        assert all(not tensor.any() for (_, name), tensor in states(engine).items() if name.startswith("exp_avg"))
+        assert train(engine, 1, 2) == expected
+        assert equal(states(engine), final)
+
+
 def test_accumulated_and_micro_batched_steps_go_on(tmp_path):
     batches = [make_batch(1), make_batch(2, rows=1), make_batch(3, tokens=9)]
 

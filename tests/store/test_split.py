@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from horizon.optim.kernel import join_numba, split_numba
 from horizon.store.split import join_master, split_master
 
 HIGH_HALVES = [0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x7FC0, 0x7FFF, 0x8000, 0x8001, 0xBF80, 0xFF80, 0xFFFF]
@@ -25,6 +26,16 @@ def test_every_pattern_comes_back(device):
     np.testing.assert_array_equal(join_master(hi, lo).cpu().numpy().view(np.uint32), bits)
     for got, expected in zip((hi, lo), split_master(bits_to_master(bits)), strict=True):
         assert torch.equal(got.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+def test_the_kernels_of_one_thread_do_the_same():
+    master = bits_to_master(patterns())
+    hi, lo = split_master(master)
+    high, low, joined = torch.empty_like(hi), torch.empty_like(lo), torch.empty_like(master)
+    split_numba(master.view(torch.int32).numpy(), high.view(torch.int16).numpy(), low.numpy())
+    assert torch.equal(high.view(torch.int16), hi.view(torch.int16)) and torch.equal(low, lo)
+    join_numba(high.view(torch.int16).numpy(), low.numpy(), joined.view(torch.int32).numpy())
+    assert torch.equal(joined.view(torch.int32), master.view(torch.int32))
 
 
 def test_halves_are_the_documented_ones():
