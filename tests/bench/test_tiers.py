@@ -93,10 +93,10 @@ def test_the_page_needs_nothing_else(measured, page):
 def test_a_chart_keeps_the_points_that_it_draws(two_sockets):
     data = {chart.title: chart.as_json() for chart in charts_of(two_sockets)}
     lines = {line["label"]: (line["x"], line["y"]) for line in data["Idle latency"]["series"]}
-    assert lines["dram node 1, from node 1"] == ([32 * KIB, MIB], [2, 91])
+    assert lines["dram node 1"] == ([32 * KIB, MIB], [2, 91])
     pairs = data["Latency by pair"]
     assert (pairs["columns"][1], pairs["rows"][0], pairs["values"][0][1]) == ("dram\nnode 1", "from\nnode 0", 140)
-    assert {bar["label"]: bar["values"] for bar in data["Link to the GPU"]["bars"]}["H2D pinned"] == [50.0]
+    assert {bar["label"]: bar["values"] for bar in data["Copies by memory"]["bars"]}["H2D pinned"] == [50.0]
 
 
 def test_the_page_escapes_what_it_shows(measured, tmp_path):
@@ -279,12 +279,16 @@ def two_sockets(measured):
 
 def test_a_machine_with_several_nodes_has_matrices_and_lines_from_the_nearest_processors(two_sockets, tmp_path):
     titles = [chart.title for chart in charts_of(two_sockets)]
-    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Link to the GPU" in titles
+    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Copies by memory" in titles
     nearest = {(r.place, r.settings["cpus"]) for r in _nearest(two_sockets.of("latency"))}
     assert ("dram node 0", "node 0") in nearest and ("dram node 1", "node 1") in nearest and len(nearest) == 3
     assert {r.settings["access"] for r in _readable(two_sockets.of("bandwidth"))} == {"read"}
     cards = {card.name: card.median for card in headlines(two_sockets)}
-    assert cards["dram node 1, idle latency"] == 91 and cards["dram node 0, read"] == 200 and cards["link, H2D"] == 50
+    assert (
+        cards["dram node 1, idle latency"] == 91
+        and cards["dram node 0, read"] == 200
+        and cards["dram node 0, H2D"] == 50
+    )
     write_html(two_sockets, tmp_path / "t.html")
 
 
@@ -301,6 +305,6 @@ def test_what_follows_compares_tiers_by_the_best_row_of_the_largest_update(measu
         update_row("cxl node 1", "all", 100, 1.0), update_row("cxl node 1", "gradients", 100, 3.0),
     )  # fmt: skip
     assert findings(replace(measured, rows=rows)) == [
-        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0.",
-        "AdamW with only the gradients on cxl node 1 runs at 75% of its pace in dram node 0.",
+        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0, with only the gradients there at "
+        "75%."
     ]
