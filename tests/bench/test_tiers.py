@@ -64,6 +64,7 @@ def test_whatever_is_simulated_says_so_in_every_file(measured, page, tmp_path):
     marked = [row for row in measured.rows if row.simulated]
     assert {row.test for row in marked} == {"adamw", "step"}
     assert all("simulated" in row.place for row in marked)
+    assert {row.settings.get("tier_gb_per_s") for row in marked} == {1.0}  # stand-ins of other speeds are no pair
     assert "Some rows are simulated" in page and "(with a simulated tier)" in page
     for cells in re.findall(r"<tr[^>]*>(.*?)</tr>", page):
         if "cxl" in cells and "<td" in cells and "no memory-only" not in cells:
