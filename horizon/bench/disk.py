@@ -1,51 +1,62 @@
-"""Reads and writes of a file past the page cache, by the number of requests under way and their size."""
+"""Reads and writes of a file past the page cache, by the number of requests under way and their size.
+
+Requests follow one another through the file. Compiled code makes them: small ones would else wait for Python's lock.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
 
 from horizon.errors import DataError
 from horizon.report.measurements import Row
 
 PLACE = "disk"
+BATCH = 1 << 20  # bytes that are moved between two looks at the clock
 
 
 def disk(
     folder: Path, file_bytes: int, depths: tuple[int, ...], blocks: tuple[int, ...], repeats: int, seconds: float
 ) -> Iterator[Row]:
-    """Rows by access, depth and block size, on a file in `folder` that is removed afterwards.
+    """Rows by access, depth and block size, on a file in `folder` that has no name, so that nothing of it can be left.
 
     One measurement takes `seconds`, or less where the whole file has been moved before.
 
     Raises:
         DataError: the file cannot be made, written or read.
     """
-    path = folder / f"horizon-bench-{os.getpid()}"
     try:
-        direct = _create(path, file_bytes)
-        for access in ("write", "read"):
-            for block in blocks:
-                for depth in depths:
-                    values = [_rate(path, access, depth, block, file_bytes, direct, seconds) for _ in range(repeats)]
-                    settings = {
-                        "access": access, "depth": depth, "block": block, "io": "direct" if direct else "buffered",
-                    }  # fmt: skip
-                    yield Row.of("disk", PLACE, settings, "GB/s", values)
+        handle, direct = _create(folder, file_bytes)
+        try:
+            for access in ("write", "read"):
+                for block in blocks:
+                    for depth in depths:
+                        buffers = [_buffer(block) for _ in range(depth)]
+                        values = [_rate(handle, access, buffers, file_bytes, direct, seconds) for _ in range(repeats)]
+                        settings = {
+                            "access": access, "depth": depth, "block": block, "io": "direct" if direct else "buffered",
+                        }  # fmt: skip
+                        yield Row.of("disk", PLACE, settings, "GB/s", values)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise DataError(f"cannot measure the disk in {folder}: {error.strerror}; choose another with --disk") from error
-    finally:
-        path.unlink(missing_ok=True)
 
 
-def _create(path: Path, file_bytes: int) -> bool:
-    """Write the file once, so that reads find data; whether the file system takes O_DIRECT."""
-    flags, direct = os.O_RDWR | os.O_CREAT | os.O_TRUNC, True
+def _create(folder: Path, file_bytes: int) -> tuple[int, bool]:
+    """A file that was written once, so that reads find data, and whether the file system takes O_DIRECT."""
+    path, flags, direct = folder / f"horizon-bench-{os.getpid()}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, True
     try:
         handle = os.open(path, flags | os.O_DIRECT, 0o600)
     except OSError as error:
@@ -53,54 +64,75 @@ def _create(path: Path, file_bytes: int) -> bool:
             raise
         handle, direct = os.open(path, flags, 0o600), False
     try:
+        path.unlink()
         os.posix_fallocate(handle, 0, file_bytes)
-        block = min(file_bytes, 16 << 20)
-        buffer = _buffer(block)
-        for offset in range(0, file_bytes, block):
-            _whole(os.pwrite(handle, buffer, offset), block)
+        buffer = _buffer(min(file_bytes, 16 << 20))
+        for offset in range(0, file_bytes, len(buffer)):
+            if os.pwrite(handle, buffer, offset) != len(buffer):
+                raise _failure("write", handle, buffer, offset)
         os.fsync(handle)
-    finally:
+    except BaseException:
         os.close(handle)
-    return direct
+        raise
+    return handle, direct
 
 
-def _rate(path: Path, access: str, depth: int, block: int, file_bytes: int, direct: bool, limit_s: float) -> float:
-    """GB/s of `depth` threads, each with one request under way."""
-    offsets, lock = iter(range(0, file_bytes - block + 1, block)), threading.Lock()
-    handle = os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
-    moved, errors = [0] * depth, []
-    started = time.perf_counter()
+@functools.cache
+def requests(access: str) -> Callable[..., Any]:
+    """Compiled: makes `count` requests, each `stride` bytes behind the one before, and says how many were whole."""
+    libc = ctypes.CDLL(None)
+    move = libc.pread if access == "read" else libc.pwrite
+    move.argtypes, move.restype = (ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_ssize_t), ctypes.c_ssize_t
+
+    def make(handle, address, size, offset, stride, count):  # type: ignore[no-untyped-def]
+        for i in range(count):
+            if move(handle, address, size, offset + i * stride) != size:
+                return i
+        return count
+
+    whole = numba.int64
+    compiled: Callable[..., Any] = numba.njit(whole(numba.int32, numba.uint64, *[whole] * 4), nogil=True)(make)
+    return compiled
+
+
+def _rate(
+    handle: int, access: str, buffers: Sequence[mmap.mmap], file_bytes: int, direct: bool, limit_s: float
+) -> float:
+    """GB/s of as many threads as there are buffers, each with one request under way."""
+    make, depth, block = requests(access), len(buffers), len(buffers[0])
+    moved, errors, stop = [0] * depth, list[OSError](), threading.Event()
 
     def work(number: int) -> None:
-        buffer = _buffer(block)
-        try:
-            while time.perf_counter() - started < limit_s:
-                with lock:
-                    offset = next(offsets, None)
-                if offset is None:
-                    return
-                done = os.preadv(handle, [buffer], offset) if access == "read" else os.pwrite(handle, buffer, offset)
-                _whole(done, block)
-                moved[number] += block
-        except OSError as error:
-            errors.append(error)
+        offsets, done = range(number * block, file_bytes - block + 1, depth * block), 0
+        address = np.frombuffer(buffers[number], dtype=np.uint8).ctypes.data
+        while done < len(offsets) and not stop.is_set() and time.perf_counter() - started < limit_s:
+            count = min(max(1, BATCH // block), len(offsets) - done)
+            whole = make(handle, address, block, offsets[done], depth * block, count)
+            done += whole
+            if whole < count:
+                errors.append(_failure(access, handle, buffers[number], offsets[done]))
+                break
+        moved[number] = done * block
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(depth)]
+    if not direct:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.perf_counter()
     try:
-        if not direct:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if access == "write":
-            os.fsync(handle)
-        seconds = time.perf_counter() - started
-    finally:
-        os.close(handle)
+    finally:  # interrupted or not, nobody uses the file any more
+        stop.set()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
     if errors:
         raise errors[0]
-    return sum(moved) / seconds / 1e9
+    if access == "write":
+        os.fsync(handle)
+    return sum(moved) / (time.perf_counter() - started) / 1e9
 
 
 def _buffer(num_bytes: int) -> mmap.mmap:
@@ -110,6 +142,10 @@ def _buffer(num_bytes: int) -> mmap.mmap:
     return buffer
 
 
-def _whole(done: int, expected: int) -> None:
-    if done != expected:
-        raise OSError(errno.EIO, f"{done} of {expected} bytes were moved")
+def _failure(access: str, handle: int, buffer: mmap.mmap, offset: int) -> OSError:
+    """Why a request was not whole: made again, where the system says it."""
+    try:
+        done = os.preadv(handle, [buffer], offset) if access == "read" else os.pwrite(handle, buffer, offset)
+    except OSError as error:
+        return error
+    return OSError(errno.EIO, f"{done} of {len(buffer)} bytes were moved")

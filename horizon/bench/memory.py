@@ -7,7 +7,7 @@ prefetcher follows. Bandwidth counts the bytes that a kernel asks for; a write t
 from __future__ import annotations
 
 import functools
-import threading
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from horizon.bench.places import Place, Processors, together
+from horizon.bench.places import Place, Processors, last_cache_bytes, require_room, together
 from horizon.report.measurements import Row, Setting
 from horizon.store.arena import Arena
 
 LINE = 64  # bytes of a cache line
 WORD = 8
 ACCESSES = {"read": 1, "write": 1, "mixed": 3}  # words moved an element; mixed: two reads and a write
-LOADER_BLOCK = 256 << 10
+LOADER_BLOCK = 64 << 10  # bytes between two pauses
+LIMIT_S = 4.0  # of one row: with memory that slow it is repeated less often
+LEAST_REPEATS = 2
 
 Words: TypeAlias = NDArray[np.int64]
 
@@ -34,12 +36,17 @@ Words: TypeAlias = NDArray[np.int64]
 class Effort:
     """How much is measured."""
 
-    size: int  # bytes of the memory that bandwidth is measured on, more than any cache
+    size: int  # bytes of the memory that bandwidth is measured on, at least
+    caches: int  # times what the processors' last caches hold: the same
     latency_sizes: tuple[int, ...]
     loads: int  # of a pointer chase
     blocks: tuple[int, ...]  # bytes read in one go before jumping elsewhere
-    pauses_us: tuple[float, ...]  # of the threads that make the load
+    pauses: tuple[int, ...]  # of the threads that make the load: rounds of arithmetic after each of their blocks
     repeats: int
+
+    def beyond_caches(self, processors: Processors) -> int:
+        """Bytes of memory of which these processors' caches hold little."""
+        return max(self.size, self.caches * last_cache_bytes(processors.cpus))
 
 
 def _read(words, order, block):  # type: ignore[no-untyped-def]
@@ -69,6 +76,22 @@ def _mixed(words, order, block):  # type: ignore[no-untyped-def]
     return np.int64(0)
 
 
+def _load(words, order, block, shared, mine, pause):  # type: ignore[no-untyped-def]
+    """Reads until `shared[0]` is set, and counts its blocks in `shared[mine]`."""
+    total, noise, k = np.int64(0), np.int64(1), 0
+    while shared[0] == 0:
+        part = words[order[k] * block : (order[k] + 1) * block]
+        for i in range(part.size):
+            total += part[i]
+        shared[mine] += 1
+        k = (k + 1) % order.size
+        for _ in range(pause):
+            noise ^= noise << 13
+            noise ^= noise >> 7
+            noise ^= noise << 17
+    return total + noise
+
+
 def _chase(following, start, num_loads):  # type: ignore[no-untyped-def]
     place = start
     for _ in range(num_loads):
@@ -78,12 +101,30 @@ def _chase(following, start, num_loads):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def kernel(name: str) -> Callable[..., Any]:
-    """A compiled kernel: read, write, mixed (over blocks in a given order), or chase."""
-    functions = {"read": _read, "write": _write, "mixed": _mixed, "chase": _chase}
-    words = numba.types.Array(numba.int64, 1, "C")
-    arguments = (words, numba.int64, numba.int64) if name == "chase" else (words, words, numba.int64)
-    compiled: Callable[..., Any] = numba.njit(numba.int64(*arguments), nogil=True)(functions[name])
+    """A compiled kernel: read, write, mixed (over blocks in a given order), load, or chase."""
+    words, number = numba.types.Array(numba.int64, 1, "C"), numba.int64
+    over_blocks = words, words, number
+    kernels: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "read": (_read, over_blocks),
+        "write": (_write, over_blocks),
+        "mixed": (_mixed, over_blocks),
+        "load": (_load, (*over_blocks, words, number, number)),
+        "chase": (_chase, (words, number, number)),
+    }
+    function, arguments = kernels[name]
+    compiled: Callable[..., Any] = numba.njit(number(*arguments), nogil=True)(function)
     return compiled
+
+
+def repeated(measure: Callable[[], float], repeats: int) -> list[float]:
+    """Values after a first one that takes pages and fills caches; fewer where they would take longer than `LIMIT_S`."""
+    measure()
+    started, values = time.perf_counter(), list[float]()
+    while len(values) < repeats and (
+        len(values) < LEAST_REPEATS or time.perf_counter() - started < LIMIT_S
+    ):  # fmt: skip
+        values.append(measure())
+    return values
 
 
 class Memory:
@@ -94,6 +135,7 @@ class Memory:
     """
 
     def __init__(self, place: Place, num_bytes: int):
+        require_room(num_bytes, place)
         self._arena = Arena([num_bytes], f"measuring {place.name}", False, place.nodes)
         region = self._arena.regions[0]
         region.zero_()  # reading pages that nobody wrote would cost nothing
@@ -109,15 +151,12 @@ class Memory:
 
 def latency(place: Place, processors: Processors, effort: Effort) -> Iterator[Row]:
     """Idle latency of loads by the size of what is loaded from."""
-    for size in effort.latency_sizes:
+    for size in sorted({*effort.latency_sizes, effort.beyond_caches(processors)}):
         with Memory(place, size) as words:
-            make_cycle(words)
-            values, start = [], 0
-            for _ in range(effort.repeats + 1):
-                seconds, start = _chase_seconds(words, start, effort.loads, processors)
-                values.append(seconds / effort.loads * 1e9)
+            chase = Chase(words, processors, effort.loads)
+            values = repeated(lambda: chase.seconds() / effort.loads * 1e9, effort.repeats)  # noqa: B023
             settings: dict[str, Setting] = {"cpus": processors.name, "size": size}
-            yield Row.of("latency", place.name, settings, "ns", values[1:])
+            yield Row.of("latency", place.name, settings, "ns", values)
 
 
 def make_cycle(words: Words) -> None:
@@ -127,86 +166,96 @@ def make_cycle(words: Words) -> None:
     words[order] = np.roll(order, -1)
 
 
-def _chase_seconds(words: Words, start: int, num_loads: int, processors: Processors) -> tuple[float, int]:
-    chase, spent = kernel("chase"), []
+class Chase:
+    """A thread on the first of the processors that follows a cycle through memory, each time from where it was."""
 
-    def work() -> None:
+    def __init__(self, words: Words, processors: Processors, num_loads: int):
+        make_cycle(words)
+        self._words, self._cpus, self._num_loads, self._place = words, processors.cpus[:1], num_loads, 0
+
+    def run(self) -> float:
+        """Seconds of `num_loads` loads, on the calling thread."""
         started = time.perf_counter()
-        place = chase(words, start, num_loads)
-        spent.append((time.perf_counter() - started, place))
+        self._place = kernel("chase")(self._words, self._place, self._num_loads)
+        return time.perf_counter() - started
 
-    together(processors.cpus[:1], [work])
-    return spent[0]
+    def seconds(self) -> float:
+        """The same, on the processor."""
+        spent = list[float]()
+        together(self._cpus, [lambda: spent.append(self.run())])
+        return spent[0]
 
 
 def bandwidth(place: Place, processors: Processors, effort: Effort, threads: Sequence[int]) -> Iterator[Row]:
     """Bytes a second by kind of access, number of threads and block."""
-    with Memory(place, effort.size) as words:
+    with Memory(place, effort.beyond_caches(processors)) as words:
         for access in ACCESSES:
             for num_threads in threads:
                 for block in effort.blocks:
-                    yield _bandwidth_row(words, place, processors, effort.repeats, access, num_threads, block)
+                    if _blocks_of(words, access, num_threads, block):
+                        yield _bandwidth_row(words, place, processors, effort.repeats, access, num_threads, block)
+
+
+def _blocks_of(words: Words, access: str, num_threads: int, block: int) -> int:
+    """How many blocks a thread works on: `mixed` has half of its share to read from, and half to update."""
+    return words.size // num_threads // (block // WORD) // (2 if access == "mixed" else 1)
 
 
 def _bandwidth_row(
     words: Words, place: Place, processors: Processors, repeats: int, access: str, num_threads: int, block: int
 ) -> Row:
     run, share, size = kernel(access), words.size // num_threads, block // WORD
-    num_blocks = max(1, share // size // (2 if access == "mixed" else 1))
-    dice = np.random.default_rng(0)
+    num_blocks, dice = _blocks_of(words, access, num_threads, block), np.random.default_rng(0)
     works = []
     for i in range(num_threads):
-        part, order = words[i * share : (i + 1) * share], dice.permutation(num_blocks).astype(np.int64)
-        works.append(functools.partial(run, part, order, min(size, part.size)))
-    moved = num_threads * num_blocks * min(size, share) * WORD * ACCESSES[access]
-    values = [moved / together(processors.cpus, works) / 1e9 for _ in range(repeats + 1)]
+        order = dice.permutation(num_blocks).astype(np.int64)
+        works.append(functools.partial(run, words[i * share : (i + 1) * share], order, size))
+    moved = num_threads * num_blocks * block * ACCESSES[access]
+    values = repeated(lambda: moved / together(processors.cpus, works) / 1e9, repeats)
     settings: dict[str, Setting] = {"cpus": processors.name, "access": access, "threads": num_threads, "block": block}
-    return Row.of("bandwidth", place.name, settings, "GB/s", values[1:])
+    return Row.of("bandwidth", place.name, settings, "GB/s", values)
 
 
 def loaded_latency(place: Place, processors: Processors, effort: Effort) -> Iterator[Row]:
     """Latency of one thread's loads while all other processors read from the same memory, with pauses or without."""
-    num_loaders = len(processors.cpus) - 1
-    with Memory(place, max(effort.latency_sizes)) as chased, Memory(place, effort.size) as loaded:
-        make_cycle(chased)
-        _, start = _chase_seconds(chased, 0, effort.loads, processors)
-        for pause in effort.pauses_us:
-            values, loads = [], []
-            for _ in range(effort.repeats):
-                seconds, start, moved = _under_load(chased, start, loaded, pause, effort.loads, processors)
-                values.append(seconds / effort.loads * 1e9)
+    size = effort.beyond_caches(processors)
+    with Memory(place, size) as chased, Memory(place, size) as loaded:
+        chase = Chase(chased, processors, effort.loads)
+        for pause in effort.pauses:
+            loads = list[float]()
+
+            def nanoseconds(pause: int = pause, loads: list[float] = loads) -> float:
+                seconds, moved = _under_load(chase, loaded, pause, processors)
                 loads.append(moved / seconds / 1e9)
-            settings: dict[str, Setting] = {"cpus": processors.name, "loaders": num_loaders, "pause_us": pause}
-            also = {"load_gb_per_s": sorted(loads)[len(loads) // 2]}
+                return seconds / effort.loads * 1e9
+
+            values = repeated(nanoseconds, effort.repeats)
+            settings: dict[str, Setting] = {
+                "cpus": processors.name, "loaders": len(processors.cpus) - 1, "pause": pause,
+            }  # fmt: skip
+            also = {"load_gb_per_s": statistics.median(loads[1:])}
             yield Row.of("loaded latency", place.name, settings, "ns", values, also=also)
 
 
-def _under_load(
-    chased: Words, start: int, loaded: Words, pause_us: float, num_loads: int, processors: Processors
-) -> tuple[float, int, int]:
-    """(seconds of the chase, where it ended, bytes that the others have read meanwhile)."""
-    chase, read, stop = kernel("chase"), kernel("read"), threading.Event()
-    others, result = processors.cpus[1:], []
-    size = min(LOADER_BLOCK // WORD, loaded.size)
-    counts = [0] * len(others)
+def _under_load(chase: Chase, loaded: Words, pause: int, processors: Processors) -> tuple[float, int]:
+    """(seconds of the chase, bytes that the others have read meanwhile); the others run without Python's lock."""
+    read, size, cpus = kernel("load"), min(LOADER_BLOCK // WORD, loaded.size), processors.cpus
+    shared, result = np.zeros(len(cpus) * LINE // WORD, dtype=np.int64), list[tuple[float, int]]()  # a line for each
+    counts = shared[LINE // WORD :: LINE // WORD]
 
     def load(number: int) -> None:
-        order, dice = np.zeros(1, dtype=np.int64), np.random.default_rng(number)
-        turns = dice.integers(0, max(1, loaded.size // size), 4096)
-        while not stop.is_set():
-            order[0] = turns[counts[number] % turns.size]
-            read(loaded, order, size)
-            counts[number] += 1
-            if pause_us:
-                time.sleep(pause_us / 1e6)
+        order = np.random.default_rng(number).permutation(loaded.size // size).astype(np.int64)
+        read(loaded, order, size, shared, (number + 1) * LINE // WORD, pause)
 
     def work() -> None:
-        time.sleep(0.01)  # the others are under way
-        before, started = sum(counts), time.perf_counter()
-        place = chase(chased, start, num_loads)
-        seconds = time.perf_counter() - started
-        result.append((seconds, place, (sum(counts) - before) * size * WORD))
-        stop.set()
+        try:
+            while not counts.all():  # until each is under way
+                time.sleep(1e-3)
+            before = counts.sum()
+            seconds = chase.run()
+            result.append((seconds, int(counts.sum() - before) * size * WORD))
+        finally:
+            shared[0] = 1
 
-    together(processors.cpus, [work, *(functools.partial(load, i) for i in range(len(others)))])
+    together(cpus, [work, *(functools.partial(load, i) for i in range(len(cpus) - 1))])
     return result[0]

@@ -6,10 +6,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from horizon.errors import BudgetError
 from horizon.plan.cxl import CxlTier
+from horizon.plan.machine import available_host_bytes
 from horizon.plan.topology import Topology
+from horizon.units import format_bytes, parse_bytes
+
+CPUS = Path("/sys/devices/system/cpu")
+TAKEN = 0.8  # of the memory that is available: more is not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,29 @@ def find_processors(topology: Topology) -> list[Processors]:
     return [one for one in found if one.cpus] or [Processors("node 0", tuple(sorted(allowed)))]
 
 
+def last_cache_bytes(cpus: Sequence[int], root: Path = CPUS) -> int:
+    """What the last caches of these processors hold together; 0 where the kernel does not tell."""
+    found: dict[tuple[int, str], int] = {}
+    for folder in (folder for cpu in cpus for folder in (root / f"cpu{cpu}" / "cache").glob("index*")):
+        with suppress(OSError):
+            level, size, sharing = (
+                (folder / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+            )
+            found[int(level), sharing] = parse_bytes(size, "cache")
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last)
+
+
+def require_room(num_bytes: int, place: Place) -> None:
+    """Raise a BudgetError where measuring would take memory that is not there: touching it would end the process."""
+    available = available_host_bytes()
+    if num_bytes > TAKEN * available:
+        raise BudgetError(
+            f"measuring {place.name} takes {format_bytes(num_bytes)} of memory, {format_bytes(available)} are "
+            "available; free some, or use --quick"
+        )
+
+
 def together(cpus: Sequence[int], works: Sequence[Callable[[], object]]) -> float:
     """Seconds that the works take, each on a thread of its own on these CPUs, from a common start to the last end.
 
@@ -74,20 +105,23 @@ def together(cpus: Sequence[int], works: Sequence[Callable[[], object]]) -> floa
     def run(work: Callable[[], object], cpu: int) -> None:
         try:
             os.sched_setaffinity(0, {cpu})  # of this thread alone
-        finally:
             ready.wait()
-        try:
             work()
         except BaseException as error:
             errors.append(error)
+            ready.abort()
 
     threads = [threading.Thread(target=run, args=(w, cpus[i % len(cpus)])) for i, w in enumerate(works)]
     for thread in threads:
         thread.start()
-    ready.wait()
     started = time.perf_counter()
-    for thread in threads:
-        thread.join()
+    try:
+        with suppress(threading.BrokenBarrierError):  # of which `errors` says why
+            ready.wait()
+        started = time.perf_counter()
+    finally:  # interrupted or not, nobody uses the memory any more
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
     return time.perf_counter() - started

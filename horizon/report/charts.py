@@ -6,6 +6,7 @@ A chart keeps the points that it draws, so that they can be written beside the p
 from __future__ import annotations
 
 import io
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from horizon.report.measurements import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,7 @@ SERIES = tuple(f"#0000{16 + i:02x}" for i in range(8))
 MARKERS = "osD^vP*X"
 MARKED_POINTS = 24  # more are a line without markers
 SHORT_LABEL = 16  # characters; three columns of such fit
+DARKEST = 0.45  # how much of a color a cell has, so that its number is read on light and dark pages
 LEGEND_INSIDE = 4  # series; more have their legend above the chart
 
 SETTINGS: dict[Any, Any] = {
@@ -30,7 +34,8 @@ SETTINGS: dict[Any, Any] = {
     "axes.labelcolor": TEXT, "axes.edgecolor": LINE, "xtick.color": TEXT, "ytick.color": TEXT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
     "axes.axisbelow": True, "axes.formatter.limits": (-3, 6), "axes.formatter.useoffset": False,
-    "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "lines.markersize": 4.5,
+    "legend.frameon": False, "legend.fontsize": 8.5, "legend.handlelength": 3.0,
+    "lines.linewidth": 1.8, "lines.markersize": 4.5,
 }  # fmt: skip
 
 
@@ -160,11 +165,13 @@ class BarChart(Chart):
                 bar.set_edgecolor(LINE)
             if self.stacked:
                 ends = [end + value for end, value in zip(ends, values, strict=True)]
+            else:
+                axes.bar_label(drawn, [short_number(v) if v else "" for v in values], padding=3, fontsize=7.5)
         axes.set_yticks(rows, self.names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         _set_axis(axes, "x", self.x)
-        columns = 2 if any(len(label) > SHORT_LABEL for label, _ in self.bars) else 3
+        columns = 2 if len(self.bars) == 4 or any(len(label) > SHORT_LABEL for label, _ in self.bars) else 3
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2, handlelength=1.2)
 
 
@@ -185,10 +192,16 @@ class Matrix(Chart):
 
     def draw(self, axes: Axes) -> None:
         """Darker is more."""
-        axes.imshow(self.values, cmap="Blues", aspect="auto", alpha=0.55)
+        from matplotlib.patches import Rectangle
+
+        highest = max(value for line in self.values for value in line if not math.isnan(value))
+        axes.set(xlim=(-0.5, len(self.columns) - 0.5), ylim=(len(self.rows) - 0.5, -0.5))
         for y, line in enumerate(self.values):
             for x, value in enumerate(line):
-                axes.text(x, y, self.text(value), ha="center", va="center", fontsize=11)
+                known = not math.isnan(value)
+                shade = DARKEST * value / highest if known else 0.0
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=shade))
+                axes.text(x, y, self.text(value) if known else "-", ha="center", va="center", fontsize=11)
         axes.set_xticks(range(len(self.columns)), self.columns)
         axes.set_yticks(range(len(self.rows)), self.rows)
         axes.grid(visible=False)

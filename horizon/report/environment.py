@@ -61,7 +61,7 @@ def facts(topology: Topology) -> dict[str, str]:
     found = {
         "kernel": platform.release(),
         "NUMA": str(topology),
-        "distances": distances or "-",
+        "NUMA distances": distances or "-",
         "huge pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "not told",
         "other work": f"load {os.getloadavg()[0]:.1f} in the last minute",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ LESS_IS_BETTER = ("ns", "s")
 REPEATED = ("machine", "commit", "versions", "command")  # of the run, in every row
 
 Setting = str | int | float
+PHRASES = {  # of a setting, as a part of a sentence
+    "cpus": "from {}", "threads": "{} threads", "block": "blocks of {}", "depth": "{} requests",
+    "loaders": "{} loaders", "pause": "pauses of {}", "parameters": "{} parameters", "tokens": "{} tokens",
+    "io": "{} I/O", "tier_gb_per_s": "a tier of {} GB/s",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +72,9 @@ class Row:
         """What two machines have in common where they measured the same."""
         return self.test, self.place, tuple(sorted(self.settings.items()))
 
-    def describe_settings(self) -> str:
+    def describe_settings(self, *without: str) -> str:
         """The settings in a line, sizes with units."""
-        return ", ".join(f"{name} {_short(name, value)}" for name, value in self.settings.items())
+        return ", ".join(describe(name, value) for name, value in self.settings.items() if name not in without)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +153,33 @@ def short_bytes(num_bytes: float) -> str:
 
 
 def short_number(value: float) -> str:
-    """Three significant digits, without exponents where they are not needed."""
+    """Up to three significant digits, without exponents where they are not needed: for ticks of an axis."""
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _short(name: str, value: Setting) -> str:
+def three_digits(value: float) -> str:
+    """Three significant digits, zeros among them, so that columns of a table look alike: `2.10`, `15.0`, `1,240`."""
+    rounded = float(f"{value:.3g}")
+    if not 1e-3 <= abs(rounded) < 1e6:
+        return f"{value:.3g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def describe(name: str, value: Setting) -> str:
+    """A setting as a part of a sentence: `2 threads`, `blocks of 1 MiB`, `all states`."""
+    if name == "states":
+        return "all states" if value == "all" else f"only {value}"
+    said = PHRASES.get(name, "{}").format(show_setting(name, value))
+    return said.removesuffix("s") if value == 1 else said
+
+
+def show_setting(name: str, value: Setting) -> str:
+    """A setting's value with its unit, for a column that has its name."""
     if isinstance(value, str):
         return value
     if name in ("block", "size"):
         return short_bytes(value)
-    return f"{value / 1e6:.4g} M" if name == "parameters" else f"{value:g}"
+    return f"{value / 1e6:.4g} M" if name == "parameters" else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"

@@ -24,8 +24,8 @@ Value = Callable[[StepRow], float]
 
 
 def short_rate(rate: float) -> str:
-    """`0.002`, `1.25e-4`: small numbers of one axis look alike."""
-    if rate >= 1e-3 or rate <= 0:
+    """`0.5`, `2e-3`, `1.25e-4`: small numbers of one axis look alike."""
+    if rate >= 0.1 or rate <= 0:
         return f"{rate:.3g}"
     digits, exponent = f"{rate:.2e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
@@ -177,10 +177,14 @@ def split_charts(run: TrainingRun) -> list[Chart]:
         planned |= {name: getattr(predicted, f"{wait}_s", 0.0) * 1e3 for wait, name in WAITS.items()}
     names = ("measured", "planned") if planned else ("measured",)
     values = {part: tuple(row[part] for row in (measured, planned)[: len(names)]) for part in measured}
+    says = f"Mean of {split.steps} recorded steps: what the device computed, and what it stood still for."
+    if total := sum(planned.values()):
+        away = sum(measured.values()) / total - 1
+        says += f" A step took {abs(away):.0%} {'more' if away > 0 else 'less'} than planned."
     return [
         BarChart(
             title="A step's time",
-            says=f"Mean of {split.steps} recorded steps: what the device computed, and what it stood still for.",
+            says=says,
             names=names,
             x=Axis("ms"),
             bars=tuple((part, found) for part, found in values.items() if any(found)),

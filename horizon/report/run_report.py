@@ -175,7 +175,7 @@ def split_rows(run: TrainingRun) -> list[tuple[str, str, str, str]]:
         for part, value in split_parts(split).items()
     ]
     moved = [
-        (f"{t.direction} {t.what}", f"{t.busy_ms:,.3g}", "", f"{format_bytes(t.num_bytes)}, at least "
+        (f"{t.direction} {t.what}", f"{t.busy_ms:,.3g}", "", f"{format_bytes(t.num_bytes)}, needed "
          f"{format_bytes(t.least_bytes)}")
         for t in split.traffic
     ]  # fmt: skip
@@ -199,11 +199,11 @@ def memory_rows(run: TrainingRun) -> list[list[tuple[str, str]]]:
     for tier, planned, measured, limit in _tiers(run):
         assert run.facts is not None
         rows = [(line.purpose, format_bytes(line.num_bytes)) for line in run.facts.planned if line.tier == tier]
-        if limit is not None:
-            rows.append(("may be used", format_bytes(limit)))
         rows.append(("planned peak", format_bytes(planned)))
         if measured is not None:
             rows.append(("measured peak", f"{format_bytes(measured)} ({measured / planned - 1:+.1%})"))
+        if limit is not None:
+            rows.append(("may be used", format_bytes(limit)))
         tables.append(rows)
     return tables
 

@@ -143,7 +143,9 @@ def write_number(key: str, value: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`1 h 05 min`, `12 min 30 s`, `8.4 s`."""
+    """`1 h 05 min`, `12 min 30 s`, `8.4 s`, `18.8 ms`."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from horizon.bench import tiers
+from horizon.bench import places, tiers
 from horizon.bench.places import Place, simulated_place
-from horizon.bench.policies import Shape
+from horizon.bench.policies import Shape, policies
 from horizon.bench.tiers import Options, Plan, measure_tiers
 from horizon.bench.update import update
 from horizon.commands import bench as command
 from horizon.config.schema import Policy
-from horizon.errors import ConfigError, DataError
-from horizon.report.measurements import Measurements, Row
+from horizon.errors import BudgetError, ConfigError, DataError, TierError
+from horizon.report import environment
+from horizon.report.measurements import Measurements, Row, Skipped
 from horizon.report.tier_charts import _nearest, _readable, charts_of
 from horizon.report.tiers import TESTS, findings, headlines, write_html, write_markdown
 from horizon.units import KIB, MIB
@@ -24,7 +25,8 @@ from tests.report.pages import charts, check_page
 
 PLAN = Plan(
     memory=TINY, link_sizes=(MIB,), disk_bytes=MIB, depths=(1, 2), disk_blocks=(64 * KIB,), disk_seconds=0.1,
-    parameters=(10_000, 400_000), shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2), repeats=2,
+    parameters=(10_000, 400_000), shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2),
+    gpu_shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2), repeats=2,
 )  # fmt: skip
 
 
@@ -32,7 +34,7 @@ PLAN = Plan(
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk")
     options = Options(PLAN, folder, 1.0, ["horizon", "bench", "tiers", "--quick"])
-    return measure_tiers(options, lambda what: None)
+    return measure_tiers(options, lambda what, found: found)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def page(measured, tmp_path_factory):
 def test_every_test_that_the_machine_allows_has_rows_and_others_a_reason(measured):
     missing = {test for test in TESTS if not measured.of(test)}
     assert missing <= {"link", "loaded latency"}
-    assert all(any(one.test == test for one in measured.skipped) for test in missing & {"link"})
+    assert all(any(one.test == test for one in measured.skipped) for test in missing)
     assert all(one.reason for one in measured.skipped)
 
 
@@ -62,6 +64,7 @@ def test_whatever_is_simulated_says_so_in_every_file(measured, page, tmp_path):
     marked = [row for row in measured.rows if row.simulated]
     assert {row.test for row in marked} == {"adamw", "step"}
     assert all("simulated" in row.place for row in marked)
+    assert {row.settings.get("tier_gb_per_s") for row in marked} == {1.0}  # stand-ins of other speeds are no pair
     assert "Some rows are simulated" in page and "(with a simulated tier)" in page
     for cells in re.findall(r"<tr[^>]*>(.*?)</tr>", page):
         if "cxl" in cells and "<td" in cells and "no memory-only" not in cells:
@@ -91,10 +94,10 @@ def test_the_page_needs_nothing_else(measured, page):
 def test_a_chart_keeps_the_points_that_it_draws(two_sockets):
     data = {chart.title: chart.as_json() for chart in charts_of(two_sockets)}
     lines = {line["label"]: (line["x"], line["y"]) for line in data["Idle latency"]["series"]}
-    assert lines["dram node 1, from node 1"] == ([32 * KIB, MIB], [2, 91])
+    assert lines["dram node 1"] == ([32 * KIB, MIB], [2, 91])
     pairs = data["Latency by pair"]
     assert (pairs["columns"][1], pairs["rows"][0], pairs["values"][0][1]) == ("dram\nnode 1", "from\nnode 0", 140)
-    assert {bar["label"]: bar["values"] for bar in data["Link to the GPU"]["bars"]}["H2D pinned"] == [50.0]
+    assert {bar["label"]: bar["values"] for bar in data["Copies by memory"]["bars"]}["H2D pinned"] == [50.0]
 
 
 def test_the_page_escapes_what_it_shows(measured, tmp_path):
@@ -139,6 +142,46 @@ def test_the_default_of_the_simulated_tier_is_a_share_of_the_largest_update(meas
     assert tiers._simulated_gb_per_s(0.0, [Place("dram")], rows) == 0.0
 
 
+def test_what_fails_is_a_reason_and_the_rest_is_measured(monkeypatch, tmp_path):
+    def fail(*_):
+        raise TierError("the disk is gone")
+        yield
+
+    for name in ("latency", "bandwidth", "loaded_latency", "update"):
+        monkeypatch.setattr(tiers, name, fail)
+    monkeypatch.setattr(tiers, "policies", lambda *given: iter([Skipped(test="step", place=f"{given[1]}", reason="r")]))
+    found = measure_tiers(Options(PLAN, tmp_path, None, ["x"]), lambda what, found: found)
+    assert {row.test for row in found.rows} == {"disk"}
+    reasons = {one.test: one.reason for one in found.skipped}
+    assert reasons["adamw"] == reasons["latency"] == "the disk is gone"
+    assert [one.place for one in found.skipped if one.test == "step"] == ["0.0"]  # nothing to take a share of
+
+
+def test_other_work_is_that_before_the_measurement(monkeypatch, tmp_path):
+    loads = iter([0.5, 7.0])
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    monkeypatch.setattr(tiers, "_tests", lambda *_: iter([]))
+    run = measure_tiers(Options(PLAN, tmp_path, 0.0, ["x"]), lambda what, found: found).run
+    assert run.facts["other work"].startswith("load 0.5") and " on " in run.facts["disk"]
+
+
+def test_an_update_that_does_not_fit_is_refused_after_those_that_do(monkeypatch):
+    monkeypatch.setattr(places, "available_host_bytes", lambda: 20 * MIB)
+    rows = []
+    with pytest.raises(BudgetError, match="measuring cxl"):
+        rows.extend(update(simulated_place(50.0), Place("dram"), [10_000, 4_000_000], [1], repeats=1))
+    assert {row.settings["parameters"] for row in rows} == {10_000}
+    assert {row.settings["states"] for row in rows} == {"all", "gradients"}
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(60.0, 5), (0.0, 3)])
+def test_on_a_slow_machine_a_policy_has_fewer_steps(monkeypatch, tmp_path, limit, steps):
+    monkeypatch.setattr("horizon.bench.policies.LIMIT_S", limit)
+    monkeypatch.setattr("horizon.bench.policies.Policy", [Policy.dram])
+    (one,) = policies(Shape(64, 2, 128, rows=2, seq_len=16, steps=5), 0.0, tmp_path)
+    assert one.n == steps
+
+
 # ---- the command
 
 
@@ -156,6 +199,27 @@ def test_the_command_writes_three_files(quick, tmp_path, capsys):
         "measuring adamw: dram node 0" in shown.err
         and "not measured: step, cxl_aware: memory.cxl_nodes=auto" in shown.err
     )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError])
+def test_what_is_stopped_leaves_no_folder_behind(quick, monkeypatch, tmp_path, error):
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr(command, "measure_tiers", stopped)
+    for there in (False, True):
+        out = tmp_path / f"out {there}"
+        if there:
+            out.mkdir()
+        with pytest.raises(error):
+            command.run(["tiers", "--quick", "--out", str(out)])
+        assert out.exists() is there
+
+
+def test_on_a_terminal_rows_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(command._watch("disk: disk", iter([1, 2, 3]))) == [1, 2, 3]
+    assert "disk: disk: 3 rows, 00:00" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["jinja2", "matplotlib"])
@@ -177,11 +241,18 @@ def test_a_missing_library_is_told_before_anything_is_measured(monkeypatch, tmp_
         (["levels"], r"invalid choice: 'levels'"),
         ([], r"required: what"),
         (["tiers", "--out", "/proc/none/x"], r"is not a folder that can be made"),
+        (["tiers", "--out", "/proc/self"], r"--out=/proc/self is not a folder that can be written to"),
+        (
+            ["tiers", "--out", "OUT", "--disk", "/none"],
+            r"--disk=/none is not a folder .* \(No such file or directory\)",
+        ),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, message):
+def test_wrong_arguments_are_one_line(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "measure_tiers", lambda *_: pytest.fail("measured"))
     with pytest.raises(ConfigError, match=message):
-        command.run(arguments)
+        command.run([str(tmp_path / "out") if one == "OUT" else one for one in arguments])
+    assert not list(tmp_path.iterdir())
 
 
 def row(test, place, settings, unit, value, **more):
@@ -209,12 +280,16 @@ def two_sockets(measured):
 
 def test_a_machine_with_several_nodes_has_matrices_and_lines_from_the_nearest_processors(two_sockets, tmp_path):
     titles = [chart.title for chart in charts_of(two_sockets)]
-    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Link to the GPU" in titles
+    assert "Latency by pair" in titles and "Read bandwidth by pair" in titles and "Copies by memory" in titles
     nearest = {(r.place, r.settings["cpus"]) for r in _nearest(two_sockets.of("latency"))}
     assert ("dram node 0", "node 0") in nearest and ("dram node 1", "node 1") in nearest and len(nearest) == 3
     assert {r.settings["access"] for r in _readable(two_sockets.of("bandwidth"))} == {"read"}
     cards = {card.name: card.median for card in headlines(two_sockets)}
-    assert cards["dram node 1, idle latency"] == 91 and cards["dram node 0, read"] == 200 and cards["link, H2D"] == 50
+    assert (
+        cards["dram node 1, idle latency"] == 91
+        and cards["dram node 0, read"] == 200
+        and cards["dram node 0, H2D"] == 50
+    )
     write_html(two_sockets, tmp_path / "t.html")
 
 
@@ -231,6 +306,6 @@ def test_what_follows_compares_tiers_by_the_best_row_of_the_largest_update(measu
         update_row("cxl node 1", "all", 100, 1.0), update_row("cxl node 1", "gradients", 100, 3.0),
     )  # fmt: skip
     assert findings(replace(measured, rows=rows)) == [
-        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0.",
-        "AdamW with only the gradients on cxl node 1 runs at 75% of its pace in dram node 0.",
+        "AdamW with all states on cxl node 1 runs at 25% of its pace in dram node 0, with only the gradients there at "
+        "75%."
     ]

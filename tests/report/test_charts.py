@@ -92,6 +92,21 @@ def test_a_matrix_writes_its_numbers():
     }
 
 
+def test_a_cell_of_a_matrix_is_shaded_by_its_number_in_a_color_of_the_page():
+    values = ((1.0, 2.0), (math.nan, 4.0))
+    chart = Matrix(title="t", says="s", rows=("r", "q"), columns=("c", "d"), values=values, unit="u", text=str)
+    shades = [float(found) for found in re.findall(r"fill: var\(--series-0\); opacity: ([\d.]+)", chart.svg)]
+    assert shades == pytest.approx([0.45 / 4, 0.45 / 2, 0.45]) and "<image" not in chart.svg
+    assert "-" in texts(chart) and "nan" not in texts(chart)
+
+
+def test_bars_beside_one_another_have_their_numbers():
+    chart = BarChart(
+        title="t", says="s", names=("one", "two"), x=Axis("ms"), bars=(("a", (1.5, 0.0)), ("b", (3.0, 785.0)))
+    )
+    assert {"1.5", "785"} <= set(texts(chart)) and "0.0" not in texts(chart)
+
+
 def test_ticks_are_those_that_were_asked_for():
     axis = Axis("lr", "log", ticks=[1e-3, 3e-3], text=lambda value: f"<{value:g}>")
     chart = LineChart(title="t", says="s", x=axis, y=Axis("y"), series=(Series("", [1e-3, 3e-3], [1.0, 2.0]),))

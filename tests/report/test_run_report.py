@@ -8,6 +8,7 @@ import pytest
 
 from horizon.plan.memory import Line
 from horizon.report.curves import MOST_POINTS
+from horizon.report.run_charts import short_rate
 from horizon.report.run_report import write_report
 from horizon.report.runs import read_run
 from horizon.units import GIB
@@ -87,7 +88,15 @@ def test_a_steps_time_and_memory_are_those_that_were_planned_and_measured(finish
     assert {bar["label"]: bar["values"] for bar in memory["bars"]} == {
         "weights (bf16)": [2.0, 0.0], "framework": [1.0, 0.0], "measured peak": [0.0, host / GIB],
     }  # fmt: skip
-    assert "weight slots (2)" in page and "3 GiB (+0.0%)" in page
+    assert "weight slots (2)" in page and "3 GiB (+0.0%)" in page and "A step took 33% more than planned." in page
+    assert page.index("measured peak</td>") < page.index("may be used</td>")  # which is no part of the sum above it
+    assert "1 MiB, needed 1 MiB" in page and "run beside the arithmetic" in page
+
+
+def test_rates_of_one_axis_look_alike():
+    assert [short_rate(rate) for rate in (0.0, 7.5e-4, 1e-3, 1.25e-3, 0.02, 0.5)] == [
+        "0", "7.5e-4", "1e-3", "1.25e-3", "2e-2", "0.5",
+    ]  # fmt: skip
 
 
 def test_the_rest_of_the_json_is_what_the_run_keeps(finished):

@@ -137,8 +137,8 @@ def test_what_differs_between_runs():
 
 
 def test_durations_in_words():
-    assert [format_duration(s) for s in (0.25, 59.0, 61, 3600, 7384)] == [
-        "0.25 s", "59 s", "1 min 01 s", "1 h 00 min", "2 h 03 min",
+    assert [format_duration(s) for s in (0.0, 0.0188, 0.25, 59.0, 61, 3600, 7384)] == [
+        "0 s", "18.8 ms", "0.25 s", "59 s", "1 min 01 s", "1 h 00 min", "2 h 03 min",
     ]  # fmt: skip
 
 
