@@ -241,7 +241,7 @@ def _host_update(
 def _host_update_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates) -> float:
     """An update by the host: at its pace in dram, or at that of cxl where what lies there takes longer."""
     dram_s = layout.num_trainable / rates.updates_per_s
-    if not needs.uses_cxl:
+    if not needs.cxl.share and Tier.cxl not in needs.placed.values():
         return dram_s
 
     def share(state: str) -> float:

@@ -175,11 +175,6 @@ class MemoryNeeds:
         return bool(self.on_nvme or self.grads_on_nvme) or self.boundaries is Tier.nvme
 
     @property
-    def uses_cxl(self) -> bool:
-        """Whether states may be on cxl."""
-        return self.cxl.share > 0 or Tier.cxl in self.placed.values()
-
-    @property
     def gradient_map(self) -> DiskMap:
         """The file of the gradients that wait on nvme."""
         places = [(GRADS, block) for block in self.grads_on_nvme]
