@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ COMMANDS = (
     "bench",
     "report",
 )
-INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
+INTERRUPTED, UNREAD = 130, 141  # the shell's codes for a program that Ctrl-C ended, and one whose output nobody reads
 
 USAGE = """\
 usage: horizon COMMAND [argument ...]
@@ -81,13 +82,28 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a sample may hold what the terminal's encoding lacks
     try:
         code = _dispatch(sys.argv[1:])
+        sys.stdout.flush()
     except HorizonError as error:
         _print_error(error)
         code = 1
     except KeyboardInterrupt:
         print("horizon: interrupted", file=sys.stderr)
         code = INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = UNREAD
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read our output (`horizon plan | head`) has ended; what is left of it is then dropped."""
+    poll, output = select.poll(), sys.stdout.fileno()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -137,6 +137,21 @@ def test_an_interrupt_is_one_line_and_exit_code_130(stubbed):
     assert (done.returncode, done.stderr) == (130, "horizon: interrupted\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(tmp_path, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([*COMMAND, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback(stubbed):
+    done = stubbed("raise BrokenPipeError('of a tracker')", "train")
+    assert done.returncode == 1 and "BrokenPipeError: of a tracker" in done.stderr
+
+
 def test_a_sweep_runs_every_value_in_a_folder_of_its_own(stubbed, tmp_path):
     body = "(self.output_dir / 'seen').write_text(str(self.config.optim.lr))"
     done = stubbed(body, "train", "-m", "optim.lr=0.25,0.5")

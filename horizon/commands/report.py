@@ -50,12 +50,13 @@ def _compare_tiers(arguments: list[str]) -> int:
     if args.out and args.out.suffix == ".html":
         require_report_extra()
     compared = read_both(args.a, args.b)
+    if args.out:
+        text = compared.html() if args.out.suffix == ".html" else compared.markdown()
+        _writing(args.out, lambda: args.out.write_text(text, encoding="utf-8"))
     print("\n".join(compared.summary()))
     print()
     print(table(COLUMNS, compared.cells()))
     if args.out:
-        text = compared.html() if args.out.suffix == ".html" else compared.markdown()
-        _writing(args.out, lambda: args.out.write_text(text, encoding="utf-8"))
         print(f"\n{args.out}")
     return 0
 

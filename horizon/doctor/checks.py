@@ -38,9 +38,9 @@ def check_facts() -> Finding:
 CHECKS: list[Check] = [
     check_versions,
     device.check_gpu,
-    device.check_link,
     device.check_free_device,
     device.check_registration,
+    device.check_link,
     host.check_memory,
     host.check_cores,
     host.check_numa,

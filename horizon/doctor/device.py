@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 
 from horizon.doctor.finding import Finding, fail, ok, warn
-from horizon.errors import HorizonError
 from horizon.store.arena import Arena
+from horizon.stream.pcie import nvml, pcie_link
 from horizon.stream.streams import Streams
 from horizon.stream.timing import measure_copies
 from horizon.units import GIB, MIB, format_bytes
 
 REGISTERED = 64 * MIB
-LINK_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # a lane of each PCIe generation, 10^9 bytes/s
 REACHED = 0.7  # of what the link's lanes carry, that copies should reach
 
 
@@ -27,7 +21,13 @@ def check_gpu() -> Finding:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {format_bytes(total)}"
-        return ok("gpu", f"{found}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}")
+        found += f", driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
+        try:
+            torch.ones(1, device="cuda").add_(1).item()
+        except RuntimeError as error:  # such as a GPU that this build has no kernels for
+            said = str(error).strip().partition("\n")[0]
+            return fail("gpu", f"{found}; it does not compute: {said}", "install a build of torch for this GPU")
+        return ok("gpu", found)
     if names:
         return fail(
             "gpu",
@@ -37,33 +37,42 @@ def check_gpu() -> Finding:
     return warn("gpu", "none: models train on the CPU", "for models beyond a few hundred million parameters, use a GPU")
 
 
+def registers() -> bool:
+    """Whether CUDA takes host memory."""
+    arena = Arena([REGISTERED], "horizon doctor", pin=True)
+    try:
+        return arena.pinned
+    finally:
+        arena.close()
+
+
+def check_registration() -> Finding | None:
+    """Whether host memory can be registered with CUDA, without which the host waits for its copies."""
+    if not torch.cuda.is_available():
+        return None
+    if registers():
+        return ok("registration", f"CUDA registers host memory ({format_bytes(REGISTERED)} tried)")
+    fix = "raise ulimit -l, or the container's memlock limit: until then the host waits for its copies"
+    return warn("registration", f"CUDA refuses to register {format_bytes(REGISTERED)} of host memory", fix)
+
+
 def check_link() -> Finding | None:
     """Generation and width of the link, and what copies reach."""
     if not torch.cuda.is_available():
         return None
     up, down, _ = measure_copies(Streams.on(torch.device("cuda", 0)))
-    measured = f"{up / 1e9:.1f} GB/s up, {down / 1e9:.1f} GB/s down from pinned memory"
-    link = _link()
+    memory = "pinned" if registers() else "pageable"
+    measured = f"{up / 1e9:.1f} GB/s up, {down / 1e9:.1f} GB/s down from {memory} memory"
+    link = pcie_link()
     if link is None:
-        return ok("link", measured)
-    generation, width, most_width = link
-    found = f"PCIe generation {generation}, {width} lanes: {measured}"
-    if width < most_width:
-        return warn("link", f"{found}; the card has {most_width} lanes", "move the card to a slot with all its lanes")
-    if min(up, down) < REACHED * 1e9 * LINK_GB_S.get(generation, 0.0) * width:
+        return ok("link", f"{measured}; the driver tells nothing of the link itself")
+    found = f"{link}: {measured}"
+    if link.lanes < link.most_lanes:
+        return warn("link", f"{found}; the card has {link.most_lanes}", "move the card to a slot with all its lanes")
+    if memory == "pinned" and min(up, down) < REACHED * 1e9 * link.gb_per_s:
+        found += f", of {link.gb_per_s:.0f} that it carries"
         return warn("link", found, "stop what else copies or uses the host's memory; check the card's NUMA node")
     return ok("link", found)
-
-
-def check_registration() -> Finding | None:
-    """Whether host memory can be registered with CUDA, without which copies wait for the CPU."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        Arena([REGISTERED], "horizon doctor", pin=True).close()
-    except HorizonError as error:
-        return fail("registration", str(error), "raise ulimit -l, or the container's memlock limit")
-    return ok("registration", f"CUDA takes {format_bytes(REGISTERED)} of host memory")
 
 
 def check_free_device() -> Finding | None:
@@ -77,43 +86,10 @@ def check_free_device() -> Finding | None:
     return ok("device memory", found)
 
 
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """NVIDIA's management library; None where there is no driver."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pynvml  # here: its older name warns when imported
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def _nvml_gpus() -> tuple[list[str], str | None]:
     """Names of the GPUs that the driver has, and its version."""
-    with _nvml() as nvml:
-        if nvml is None:
+    with nvml() as library:
+        if library is None:
             return [], None
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        return [str(nvml.nvmlDeviceGetName(h)) for h in handles], str(nvml.nvmlSystemGetDriverVersion())
-
-
-def _link() -> tuple[int, int, int] | None:
-    """(generation, lanes, lanes that the card has); None where the driver does not say."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return None
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(0)
-            return (
-                int(nvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
-                int(nvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
-                int(nvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
-            )
-        except nvml.NVMLError:
-            return None
+        handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+        return [str(library.nvmlDeviceGetName(h)) for h in handles], str(library.nvmlSystemGetDriverVersion())

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import torch
 
+from horizon.doctor.device import REGISTERED, registers
 from horizon.doctor.finding import Finding, ok, warn
 from horizon.forecast.here import measured_threads
 from horizon.optim.threads import available_cores, default_num_threads
 from horizon.plan.facts import AS_FAST
 from horizon.plan.machine import available_host_bytes, host_memory_bytes
+from horizon.plan.topology import read_topology
+from horizon.store.numa import bindable
 from horizon.units import GIB, format_bytes
 
-NODES = Path("/sys/devices/system/node")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CPU_FLAGS = Path("/proc/cpuinfo")
 BLOCK = 4096  # bytes that direct I/O is aligned to
+FEW_CORES = 4  # with fewer, the optimizer has one or two
 LITTLE = 8 * GIB  # of host memory or disk: enough for small models only
 
 
@@ -38,24 +41,30 @@ def check_memory() -> Finding:
 
 def check_cores() -> Finding:
     """Cores that this process is allowed."""
-    cores = available_cores()
+    cores, others = available_cores(), (os.cpu_count() or 0) - available_cores()
     threads, why = measured_threads(), f"as fast as any, within {AS_FAST:.0%}"
     if threads is None:
-        threads, why = default_num_threads(), "all but one; horizon doctor --measure may find fewer as fast"
+        threads, why = default_num_threads(), "all but one"
+        why += "; horizon doctor --measure may find fewer as fast" if threads > 1 else ""
     found = f"{cores} cores, {threads} of them for the optimizer ({why})"
-    if cores < 4:
-        return warn("cores", found, "allow the process more cores: the optimizer's update runs on them")
+    if cores < FEW_CORES:
+        more = f"allow the process the machine's other {others}" if others > 0 else "use a machine with more cores"
+        return warn("cores", found, f"{more}: the optimizer's update runs on them")
     return ok("cores", found)
 
 
 def check_numa() -> Finding:
-    """NUMA nodes, and which of them have memory only."""
-    nodes = sorted(NODES.glob("node[0-9]*"))
+    """NUMA nodes, which of them have memory only, and whether pages can be put on one of them."""
+    nodes = read_topology().nodes
     if not nodes:
         return ok("numa", "the kernel tells of no nodes")
-    bare = [node.name for node in nodes if not _read(node / "cpulist").strip()]
+    bare = [f"node{node.id}" for node in nodes if node.memory_only]
     without = f"; memory only: {', '.join(bare)}" if bare else ""
-    return ok("numa", f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}{without}")
+    found = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}{without}"
+    if len(nodes) > 1 and not bindable():
+        fix = "give the container the capability SYS_NICE; until then states lie where the kernel puts them"
+        return warn("numa", f"{found}; this process may not choose among them", fix)
+    return ok("numa", found)
 
 
 def check_huge_pages() -> Finding:
@@ -76,7 +85,9 @@ def check_memlock() -> Finding:
     found = f"at most {format_bytes(limit)} may be locked"
     if not torch.cuda.is_available():
         return ok("memlock", f"{found}; without a GPU nothing is")
-    return warn("memlock", found, "ulimit -l unlimited, or the container's memlock limit")
+    if limit < REGISTERED and registers():
+        return ok("memlock", f"{found}, which CUDA does not keep to: it registers {format_bytes(REGISTERED)}")
+    return warn("memlock", f"{found}, and CUDA may keep to it", "ulimit -l unlimited, or the container's memlock limit")
 
 
 def check_update_kernel() -> Finding:
@@ -90,7 +101,7 @@ def check_update_kernel() -> Finding:
     except (ImportError, OSError) as error:  # OSError: llvmlite's library does not load
         fix = "reinstall numba; until then updates are about ten times slower"
         return warn("update kernel", f"torch's own operations, because numba cannot be imported: {error}", fix)
-    found = f"numba {numba.__version__} compiled for this CPU ({isa})"
+    found = f"numba {numba.__version__}, for a CPU with {isa}"
     if isa == "no wide vectors":
         return warn("update kernel", found, "use a CPU with AVX2, AVX-512 or ASIMD")
     return ok("update kernel", found)

@@ -17,6 +17,7 @@ import torch
 import horizon
 from horizon.plan.topology import Topology
 from horizon.report.measurements import Run
+from horizon.stream.pcie import pcie_link
 from horizon.units import format_bytes
 
 PACKAGES = ("torch", "numba", "numpy", "transformers")
@@ -67,6 +68,8 @@ def facts(topology: Topology) -> dict[str, str]:
         "other work": f"load {os.getloadavg()[0]:.1f} in the last minute",
         "virtual": "yes" if "hypervisor" in _text("/proc/cpuinfo") else "no",
     }
+    if torch.cuda.is_available():
+        found["GPU link"] = str(pcie_link() or "not told")
     return found
 
 

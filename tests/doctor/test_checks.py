@@ -10,8 +10,10 @@ import torch
 from horizon.commands import doctor as command
 from horizon.doctor import checks, device, host
 from horizon.doctor.checks import run_checks
-from horizon.doctor.finding import Finding, Status, fail, ok, warn
+from horizon.doctor.finding import Status, fail, ok, warn
 from horizon.errors import BudgetError, ConfigError
+from horizon.plan.topology import Node, Topology
+from horizon.stream.pcie import PcieLink
 from horizon.units import GIB, MIB
 
 
@@ -122,21 +124,44 @@ def test_huge_pages(monkeypatch, tmp_path, text, status):
 
 
 @pytest.mark.parametrize(
-    ("limit", "gpu", "status"),
-    [(64 * MIB, True, "warn"), (64 * MIB, False, "ok"), (resource.RLIM_INFINITY, True, "ok"), (1 << 50, True, "ok")],
+    ("limit", "gpu", "registers", "status", "word"),
+    [
+        (8 * MIB, True, True, "ok", "does not keep to"),
+        (8 * MIB, True, False, "warn", "may keep to it"),
+        (64 * MIB, True, True, "warn", "may keep to it"),
+        (8 * MIB, False, False, "ok", "without a GPU nothing is"),
+        (resource.RLIM_INFINITY, True, False, "ok", "no limit"),
+        (1 << 50, True, False, "ok", "no limit"),
+    ],
 )
-def test_a_limit_on_locked_memory_matters_with_a_gpu(monkeypatch, limit, gpu, status):
+def test_a_limit_on_locked_memory_matters_where_cuda_keeps_to_it(monkeypatch, limit, gpu, registers, status, word):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert host.check_memlock().status == status
+    monkeypatch.setattr(host, "registers", lambda: registers)
+    found = host.check_memlock()
+    assert found.status == status and word in found.found
 
 
-def test_numa_nodes_without_cores_are_told(monkeypatch, tmp_path):
-    for name, cores in (("node0", "0-7\n"), ("node1", "\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "cpulist").write_text(cores)
-    monkeypatch.setattr(host, "NODES", tmp_path)
+@pytest.mark.parametrize(
+    ("cores", "machine", "fix"), [(2, 2, "use a machine with more"), (2, 8, "other 6"), (4, 8, "")]
+)
+def test_few_cores_have_a_fix_that_this_machine_allows(monkeypatch, cores, machine, fix):
+    monkeypatch.setattr(host, "available_cores", lambda: cores)
+    monkeypatch.setattr(host.os, "cpu_count", lambda: machine)
+    found = host.check_cores()
+    assert found.status == ("warn" if fix else "ok") and fix in found.fix
+
+
+def test_numa_nodes_without_cores_are_told_and_whether_one_may_be_chosen(monkeypatch):
+    nodes = Topology((Node(0, tuple(range(8)), GIB, GIB), Node(1, (), GIB, GIB)))
+    monkeypatch.setattr(host, "read_topology", lambda: nodes)
+    monkeypatch.setattr(host, "bindable", lambda: True)
     assert host.check_numa() == ok("numa", "2 nodes; memory only: node1")
+    monkeypatch.setattr(host, "bindable", lambda: False)
+    found = host.check_numa()
+    assert found.status is Status.warn and "may not choose" in found.found and "SYS_NICE" in found.fix
+    monkeypatch.setattr(host, "read_topology", lambda: Topology(nodes.nodes[:1]))
+    assert host.check_numa() == ok("numa", "1 node")
 
 
 def test_a_disk_without_direct_io_and_one_that_is_full_are_warnings(monkeypatch, tmp_path):
@@ -163,30 +188,66 @@ def test_a_gpu_that_torch_cannot_use_fails(monkeypatch):
     assert (device.check_link(), device.check_registration(), device.check_free_device()) == (None, None, None)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one, as far as torch tells."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=GIB, uuid="1-2")
+    )
+    monkeypatch.setattr(device, "_nvml_gpus", lambda: (["NVIDIA H200"], "570.1"))
+
+
+def test_a_gpu_that_this_build_has_no_kernels_for_fails(gpu, monkeypatch):
+    class Broken:
+        def add_(self, value):
+            raise RuntimeError("CUDA error: no kernel image is available\nCompile with")
+
+    real = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Broken())
+    found = device.check_gpu()
+    assert found.status is Status.fail and found.found.endswith(
+        "does not compute: CUDA error: no kernel image is available"
+    )
+    monkeypatch.setattr(torch, "ones", lambda *size, device: real(*size))
+    assert device.check_gpu().status is Status.ok and "driver 570.1" in device.check_gpu().found
+
+
 @pytest.mark.parametrize(
-    ("link", "rates", "status", "word"),
+    ("link", "rates", "pinned", "status", "word"),
     [
-        ((5, 16, 16), (55e9, 54e9), "ok", "generation 5, 16 lanes"),
-        ((5, 8, 16), (27e9, 27e9), "warn", "the card has 16 lanes"),
-        ((4, 16, 16), (25e9, 9e9), "warn", "9.0 GB/s down"),
-        (None, (25e9, 25e9), "ok", "25.0 GB/s up"),
+        (PcieLink(5, 16, 16, 1), (55e9, 54e9), True, "ok", "generation 5, 16 lanes, next to NUMA node 1: 55.0"),
+        (PcieLink(5, 8, 16, None), (27e9, 27e9), True, "warn", "the card has 16"),
+        (PcieLink(4, 16, 16, None), (25e9, 9e9), True, "warn", "9.0 GB/s down from pinned memory, of 32"),
+        (PcieLink(4, 16, 16, None), (9e9, 9e9), False, "ok", "from pageable memory"),
+        (None, (25e9, 25e9), True, "ok", "25.0 GB/s up"),
     ],
 )
-def test_the_link_is_judged_by_what_it_could_carry(monkeypatch, link, rates, status, word):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_the_link_is_judged_by_what_it_could_carry(gpu, monkeypatch, link, rates, pinned, status, word):
     monkeypatch.setattr(device, "Streams", type("S", (), {"on": staticmethod(lambda device: None)}))
     monkeypatch.setattr(device, "measure_copies", lambda streams: (*rates, 0.0))
-    monkeypatch.setattr(device, "_link", lambda: link)
+    monkeypatch.setattr(device, "registers", lambda: pinned)
+    monkeypatch.setattr(device, "pcie_link", lambda: link)
     found = device.check_link()
     assert found.status == status and word in found.found
 
 
-def test_memory_that_cannot_be_registered_fails(monkeypatch):
-    def refused(*args, **kwargs):
-        raise BudgetError("CUDA refuses")
+@pytest.mark.parametrize("taken", [True, False])
+def test_memory_that_cuda_does_not_take_is_a_warning(gpu, monkeypatch, taken):
+    closed = []
+    arena = SimpleNamespace(pinned=taken, close=lambda: closed.append(1))
+    monkeypatch.setattr(device, "Arena", lambda sizes, purpose, pin: arena)
+    found = device.check_registration()
+    assert found.status == ("ok" if taken else "warn") and closed == [1]
+    assert ("registers host memory" if taken else "refuses to register 64 MiB") in found.found
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+def test_memory_that_the_system_refuses_is_a_failure(gpu, monkeypatch):
+    def refused(*args, **kwargs):
+        raise BudgetError("the system refuses 64 MiB")
+
     monkeypatch.setattr(device, "Arena", refused)
-    assert device.check_registration() == Finding(
-        "registration", Status.fail, "CUDA refuses", "raise ulimit -l, or the container's memlock limit"
-    )
+    (found,) = run_checks([device.check_registration])
+    assert found.status is Status.fail and "the system refuses 64 MiB" in found.found
