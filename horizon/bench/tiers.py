@@ -14,7 +14,7 @@ import torch
 
 from horizon.bench.disk import PLACE as DISK
 from horizon.bench.disk import disk
-from horizon.bench.link import link
+from horizon.bench.link import link, within
 from horizon.bench.memory import Effort, bandwidth, latency, loaded_latency
 from horizon.bench.places import Place, find_places, find_processors, simulated_place
 from horizon.bench.policies import Shape, policies
@@ -143,6 +143,7 @@ def _tests(
         streams = Streams.on(torch.device("cuda", torch.cuda.current_device()))
         for place in places:
             yield "link", place.name, link(place, streams, plan.link_sizes, plan.repeats)
+        yield "hbm", "hbm", within(streams, plan.link_sizes[-1], plan.repeats)
     else:
         yield "link", "hbm", _skipped("link", "hbm", "no CUDA device here")
     yield (

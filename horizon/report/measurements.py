@@ -46,7 +46,7 @@ class Run:
 class Row:
     """One thing that was measured several times."""
 
-    test: str  # latency, bandwidth, loaded latency, link, disk, adamw, step
+    test: str  # latency, bandwidth, loaded latency, link, hbm, disk, adamw, step
     place: str  # the tier, or for a step the policy
     settings: Mapping[str, Setting]
     unit: str  # ns, s, GB/s (1e9 bytes), Gparam/s

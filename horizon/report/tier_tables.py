@@ -16,8 +16,8 @@ from horizon.report.measurements import (
 from horizon.units import format_bytes
 
 ACROSS = {
-    "latency": "size", "loaded latency": "pause", "bandwidth": "threads", "link": "size", "disk": "depth",
-    "adamw": "parameters",
+    "latency": "size", "loaded latency": "pause", "bandwidth": "threads", "link": "size", "hbm": "size",
+    "disk": "depth", "adamw": "parameters",
 }  # fmt: skip
 NAMES = {  # of a column
     "cpus": "from", "pause": "pause between blocks", "io": "I/O", "tier_gb_per_s": "tier's GB/s",

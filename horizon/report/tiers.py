@@ -18,6 +18,7 @@ TESTS = {
     "loaded latency": "Latency under load",
     "bandwidth": "Bandwidth",
     "link": "Link to the GPU",
+    "hbm": "Within device memory",
     "disk": "Disk",
     "adamw": "AdamW",
     "step": "Steps by policy",
@@ -43,10 +44,11 @@ PARTS = (
         "10 to 30 GB/s; a channel of DDR5-4800 carries 38 GB/s, and all channels of a socket together are its limit.",
     ),
     Part(
-        "Link to the GPU", ("link",),
+        "Link to the GPU", ("link", "hbm"),
         "Weights cross it to the device (H2D) and gradients come back (D2H), in every step. 16 lanes of PCIe 4 carry "
         "31.5 GB/s each way and of PCIe 5 63; large copies from pinned memory should reach four fifths of that. "
-        "Pageable memory is copied twice and reaches a part of it.",
+        "Pageable memory is copied twice and reaches a part of it. Copies within device memory (hbm) count what is read "
+        "and what is written.",
     ),
     Part(
         "Disk", ("disk",),
@@ -170,6 +172,7 @@ def headlines(measured: Measurements) -> list[Headline]:
             found += _best(access, _having(rows, test="disk", access=access), "access")
         for direction in ("H2D", "D2H"):
             found += _best(direction, _having(rows, test="link", direction=direction), "direction")
+        found += _best("copies within", _having(rows, test="hbm"))
         found += _best("AdamW", largest(_having(rows, test="adamw", states="all"), "parameters"), "states")
     return found
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from horizon.bench import link as module
-from horizon.bench.link import link
+from horizon.bench.link import link, within
 from horizon.bench.places import Place
 from horizon.errors import BudgetError
 from horizon.report.measurements import Skipped
@@ -71,11 +71,22 @@ def test_memory_that_cuda_does_not_take_is_not_called_pinned(arena):
     assert {row.settings["memory"] for row in found if not isinstance(row, Skipped)} == {"pageable"}
 
 
+def test_copies_within_the_device_count_both_ways(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    (row,) = within(streams(), 4 * KIB, 2)
+    assert row.median == pytest.approx(2 * module.BATCH * 4 * KIB / 1e9) and (row.test, row.place, row.n) == (
+        "hbm",
+        "hbm",
+        2,
+    )
+
+
 def test_a_device_without_room_is_a_named_error(arena, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Streams, "empty", full)
-    with pytest.raises(BudgetError, match=r"the device has no room for 4 KiB"):
-        list(link(DRAM, streams(), (4 * KIB,), 1))
-    assert arena.closed == 1
+    for found, size in ((link(DRAM, streams(), (4 * KIB,), 1), "4 KiB"), (within(streams(), 4 * KIB, 1), "8 KiB")):
+        with pytest.raises(BudgetError, match=f"the device has no room for {size}"):
+            list(found)

@@ -4,8 +4,10 @@ import json
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from horizon.bench import places, tiers
 from horizon.bench.places import Place, simulated_place
@@ -19,6 +21,9 @@ from horizon.report import environment
 from horizon.report.measurements import Measurements, Row, Skipped
 from horizon.report.tier_charts import _nearest, _readable, charts_of
 from horizon.report.tiers import TESTS, findings, headlines, write_html, write_markdown
+from horizon.store.arena import Arena
+from horizon.stream.pcie import PcieLink
+from horizon.stream.streams import Streams
 from horizon.units import KIB, MIB
 from tests.bench.test_memory import TINY
 from tests.report.pages import charts, check_page
@@ -46,8 +51,8 @@ def page(measured, tmp_path_factory):
 
 def test_every_test_that_the_machine_allows_has_rows_and_others_a_reason(measured):
     missing = {test for test in TESTS if not measured.of(test)}
-    assert missing <= {"link", "loaded latency"}
-    assert all(any(one.test == test for one in measured.skipped) for test in missing)
+    assert missing <= {"link", "hbm", "loaded latency"}
+    assert all(any(one.test == test for one in measured.skipped) for test in missing - {"hbm"})
     assert all(one.reason for one in measured.skipped)
 
 
@@ -155,6 +160,29 @@ def test_what_fails_is_a_reason_and_the_rest_is_measured(monkeypatch, tmp_path):
     reasons = {one.test: one.reason for one in found.skipped}
     assert reasons["adamw"] == reasons["latency"] == "the disk is gone"
     assert [one.place for one in found.skipped if one.test == "step"] == ["0.0"]  # nothing to take a share of
+
+
+def test_with_a_gpu_every_memory_has_copies_and_the_step_is_a_larger_one(monkeypatch, tmp_path):
+    """The stand-in for a device copies at once; what CUDA would say of the machine is made up."""
+    shapes, cpu = [], Streams.on(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(environment, "pcie_link", lambda: PcieLink(5, 16, 16, 0))
+    monkeypatch.setattr(tiers, "Streams", SimpleNamespace(on=lambda device: cpu))
+    monkeypatch.setattr("horizon.bench.link.Arena", lambda sizes, purpose, pin, nodes: Arena(sizes, purpose, False, ()))
+    monkeypatch.setattr(tiers, "find_places", lambda *_: [Place("dram node 0"), Place("dram node 1")])
+    for name in ("latency", "bandwidth", "loaded_latency", "update", "disk"):
+        monkeypatch.setattr(tiers, name, lambda *_: iter([]))
+    monkeypatch.setattr(tiers, "policies", lambda shape, *_: shapes.append(shape) or iter([]))
+    plan = replace(PLAN, gpu_shape=replace(PLAN.shape, seq_len=64))
+    found = measure_tiers(Options(plan, tmp_path, None, ["x"]), lambda what, found: found)
+    kinds = {(row.place, row.settings["direction"], row.settings["memory"]) for row in found.of("link")}
+    assert kinds == {(place, way, "pageable") for place in ("dram node 0", "dram node 1") for way in ("H2D", "D2H")}
+    assert [one.place for one in found.skipped if one.test == "link"] == ["dram node 0, pinned", "dram node 1, pinned"]
+    assert shapes == [plan.gpu_shape] and [row.settings for row in found.of("hbm")] == [{"size": MIB}]
+    assert found.run.machine.endswith(", NVIDIA H200")
+    assert found.run.facts["GPU link"] == "PCIe generation 5, 16 lanes, next to NUMA node 0"
 
 
 def test_other_work_is_that_before_the_measurement(monkeypatch, tmp_path):
