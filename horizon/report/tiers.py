@@ -47,8 +47,8 @@ PARTS = (
         "Link to the GPU", ("link", "hbm"),
         "Weights cross it to the device (H2D) and gradients come back (D2H), in every step. 16 lanes of PCIe 4 carry "
         "31.5 GB/s each way and of PCIe 5 63; large copies from pinned memory should reach four fifths of that. "
-        "Pageable memory is copied twice and reaches a part of it. Copies within device memory (hbm) count what is read "
-        "and what is written.",
+        "Pageable memory is copied twice and reaches a part of it. Copies within device memory (hbm) count what is "
+        "read and what is written.",
     ),
     Part(
         "Disk", ("disk",),

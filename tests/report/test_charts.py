@@ -107,6 +107,16 @@ def test_bars_beside_one_another_have_their_numbers():
     assert {"1.5", "785"} <= set(texts(chart)) and "0.0" not in texts(chart)
 
 
+@pytest.mark.parametrize("number", [1, 4, 7])
+def test_a_legend_stands_above_and_covers_nothing(number):
+    series = tuple(Series(f"line {i}", [0, 1], [float(i), 2.0], i) for i in range(number))
+    chart = LineChart(title="t", says="s", x=Axis("x"), y=Axis("y", from_zero=True), series=series)
+    legend = [float(y) for y in re.findall(r'<text[^>]*y="([\d.]+)"[^>]*>line \d', chart.svg)]
+    drawn = [y for _, points in paths_of(chart) for _, y in points if len(points) == 2]  # lines of a legend have three
+    assert (len(legend), len(drawn)) == (number, 2 * number)
+    assert max(legend) < min(drawn)  # a picture's y grows downwards
+
+
 def test_ticks_are_those_that_were_asked_for():
     axis = Axis("lr", "log", ticks=[1e-3, 3e-3], text=lambda value: f"<{value:g}>")
     chart = LineChart(title="t", says="s", x=axis, y=Axis("y"), series=(Series("", [1e-3, 3e-3], [1.0, 2.0]),))
