@@ -15,7 +15,7 @@ from enum import StrEnum
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from horizon.report.measurements import short_number
+from horizon.report.measurements import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +165,7 @@ class BarChart(Chart):
             if self.stacked:
                 ends = [end + value for end, value in zip(ends, values, strict=True)]
             else:
-                axes.bar_label(drawn, [short_number(v) if v else "" for v in values], padding=3, fontsize=7.5)
+                axes.bar_label(drawn, [three_digits(v) if v else "" for v in values], padding=3, fontsize=7.5)
         axes.set_yticks(rows, self.names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -104,7 +104,7 @@ def test_bars_beside_one_another_have_their_numbers():
     chart = BarChart(
         title="t", says="s", names=("one", "two"), x=Axis("ms"), bars=(("a", (1.5, 0.0)), ("b", (3.0, 785.0)))
     )
-    assert {"1.5", "785"} <= set(texts(chart)) and "0.0" not in texts(chart)
+    assert {"1.50", "785"} <= set(texts(chart)) and "0.00" not in texts(chart)
 
 
 @pytest.mark.parametrize("number", [1, 4, 7])
