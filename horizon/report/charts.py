@@ -15,7 +15,7 @@ from enum import StrEnum
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from horizon.report.measurements import short_number
+from horizon.report.measurements import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,6 @@ MARKERS = "osD^vP*X"
 MARKED_POINTS = 24  # more are a line without markers
 SHORT_LABEL = 16  # characters; three columns of such fit
 DARKEST = 0.45  # how much of a color a cell has, so that its number is read on light and dark pages
-LEGEND_INSIDE = 4  # series; more have their legend above the chart
 
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "horizon", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "text.color": TEXT,
@@ -166,13 +165,12 @@ class BarChart(Chart):
             if self.stacked:
                 ends = [end + value for end, value in zip(ends, values, strict=True)]
             else:
-                axes.bar_label(drawn, [short_number(v) if v else "" for v in values], padding=3, fontsize=7.5)
+                axes.bar_label(drawn, [three_digits(v) if v else "" for v in values], padding=3, fontsize=7.5)
         axes.set_yticks(rows, self.names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         _set_axis(axes, "x", self.x)
-        columns = 2 if len(self.bars) == 4 or any(len(label) > SHORT_LABEL for label, _ in self.bars) else 3
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2, handlelength=1.2)
+        _legend(axes, [label for label, _ in self.bars], handlelength=1.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,12 +246,12 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
         axes.set(**{f"{which}lim": axis.limits})
 
 
-def _legend(axes: Axes, labels: Sequence[str]) -> None:
+def _legend(axes: Axes, labels: Sequence[str], **more: Any) -> None:
+    """Above the chart, where it covers nothing."""
     named = [label for label in labels if label]
-    if len(named) > LEGEND_INSIDE:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    elif named:
-        axes.legend(loc="best")
+    if named:
+        columns = 2 if len(named) == 4 or any(len(label) > SHORT_LABEL for label in named) else 3
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2, **more)
 
 
 def _drawn(chart: Chart) -> str:

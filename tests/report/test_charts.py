@@ -104,7 +104,17 @@ def test_bars_beside_one_another_have_their_numbers():
     chart = BarChart(
         title="t", says="s", names=("one", "two"), x=Axis("ms"), bars=(("a", (1.5, 0.0)), ("b", (3.0, 785.0)))
     )
-    assert {"1.5", "785"} <= set(texts(chart)) and "0.0" not in texts(chart)
+    assert {"1.50", "785"} <= set(texts(chart)) and "0.00" not in texts(chart)
+
+
+@pytest.mark.parametrize("number", [1, 4, 7])
+def test_a_legend_stands_above_and_covers_nothing(number):
+    series = tuple(Series(f"line {i}", [0, 1], [float(i), 2.0], i) for i in range(number))
+    chart = LineChart(title="t", says="s", x=Axis("x"), y=Axis("y", from_zero=True), series=series)
+    legend = [float(y) for y in re.findall(r'<text[^>]*y="([\d.]+)"[^>]*>line \d', chart.svg)]
+    drawn = [y for _, points in paths_of(chart) for _, y in points if len(points) == 2]  # lines of a legend have three
+    assert (len(legend), len(drawn)) == (number, 2 * number)
+    assert max(legend) < min(drawn)  # a picture's y grows downwards
 
 
 def test_ticks_are_those_that_were_asked_for():
