@@ -3,12 +3,11 @@
 On CPU the policy `auto` leaves all on the host. Here it is made to choose, as on a GPU, from passes timed on the CPU.
 """
 
-from dataclasses import replace
-
 import pytest
 
 from horizon import MemoryConfig, runtime
 from horizon.config.schema import Policy
+from horizon.plan.lanes import BlockCost, StepCost
 from horizon.plan.placement import Placer
 from horizon.stream.prediction import Predictor
 from tests.parity.reference import Resident, assert_same, build, engine_for, plain, streamed_step
@@ -27,13 +26,12 @@ def model(tied=False):
 
 def predicting(monkeypatch, seconds_of):
     """Have a step take `seconds_of(blocks in HBM)`, whatever was timed."""
-    estimate = Predictor.estimate
+    monkeypatch.setattr(Predictor, "cost", lambda self, needs, *_: taking(seconds_of(needs.in_hbm)))
 
-    def told(self, needs, *args):
-        predicted = estimate(self, needs, *args)
-        return replace(predicted, arithmetic_s=seconds_of(needs.in_hbm), link_s=0, optimizer_s=0, launch_s=0)
 
-    monkeypatch.setattr(Predictor, "estimate", told)
+def taking(seconds):
+    """A step that does nothing for so long."""
+    return StepCost(blocks=tuple(BlockCost(forward_s=(s,), backward_s=(0.0,), in_hbm=True) for s in (seconds, 0.0)))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -107,13 +105,7 @@ def slotted(monkeypatch):
     """`slotted(seconds)`: copies run beside kernels, and a step with so many slots takes so long."""
 
     def slotted(seconds):
-        estimate = Predictor.estimate
-
-        def told(self, needs, *args):
-            predicted = estimate(self, needs, *args)
-            return replace(predicted, arithmetic_s=seconds[needs.weight_slots], link_s=0, optimizer_s=0, launch_s=0)
-
-        monkeypatch.setattr(Predictor, "estimate", told)
+        monkeypatch.setattr(Predictor, "cost", lambda self, needs, *_: taking(seconds[needs.weight_slots]))
         monkeypatch.setattr(Predictor, "overlaps", True)
 
     return slotted

@@ -91,18 +91,14 @@ def step_cost(
 ) -> StepCost:
     """What a step asks of the lanes that `horizon.plan.lanes` simulates.
 
-    Args:
-        plan: of the step's activations.
-        tokens: tokens of each micro-batch.
-        token_bytes: bytes of one token's hidden state.
-        rates: with the disk's, where states are on nvme.
-        as_landed: the host updates a block as soon as its gradient has landed, not when the norm is known.
+    `plan` is that of its activations, `tokens` are those of each micro-batch, and the hidden state of one has
+    `token_bytes`. `rates` must have the disk's, where states are on nvme. With `as_landed` the host updates a block as
+    soon as its gradient has landed, not when the norm is known.
     """
     first, head, in_hbm = first_trained(needs.layouts), len(needs.layouts) - 1, needs.in_hbm
     shares = [num / times.num_tokens for num in tokens]
     lent = {b.owner: b.param.spec.numel for lay in needs.layouts for b in lay.borrowed if b.param.spec.trainable}
     loaded = loaded_states(needs.states, needs.compute_dtype)
-    element = sum(state.dtype.itemsize for state in loaded)
     paging = _Paging.of(needs, rates.disk) if rates.disk and (needs.on_nvme or needs.grads_on_nvme) else None
     write_s, read_s = _boundaries_s([num * token_bytes for num in tokens], rates.disk if plan.on_nvme else None)
 
@@ -113,17 +109,14 @@ def step_cost(
         num_gradients = layout.num_trained + sum(b.param.spec.numel for b in shared)
         closing = _closing_bytes(needs, len(tokens) > 1 or layout.index == head)
         return BlockCost(
-            load_s=loaded_elements(layout, in_hbm) * element / rates.up_bytes_per_s
-            + (layout.num_slot_elements / rates.joins_per_s if needs.compute_dtype is torch.float32 else 0.0),
+            load_s=_load_s(layout, needs, rates, loaded),
             forward_s=tuple(share * passes.forward_s for share in shares),
             backward_s=tuple(share * passes.backward_s for share in shares),
             close_s=num_gradients * closing / rates.device_bytes_per_s,
             drain_s=_drained_elements(layout, in_hbm) * needs.grad_dtype.itemsize / rates.down_bytes_per_s,
             add_s=0.0 if at_home else lent.get(layout.index, 0) * needs.grad_dtype.itemsize / rates.up_bytes_per_s,
             staging_s=paging.staging_s(layout, loaded) if paging else 0.0,
-            update=UpdateCost(work_s=_update_bytes(layout, needs) / rates.device_bytes_per_s)
-            if at_home
-            else _host_update(layout, needs, rates, paging, loaded),
+            update=_update(layout, needs, rates, paging, loaded),
             buffers=(*([layout.index] if layout.num_trainable else []), *(b.owner for b in shared)),
             offloads=layout.index in plan.offloaded,
             in_hbm=at_home,
@@ -155,6 +148,13 @@ def _passes(layout: BlockLayout, first: int, head: int, plan: ActivationPlan, ti
     if layout.index == head:
         return PassTimes(0.0, times.head_s)
     return times.layers[layer_kind(layout, first, plan)]
+
+
+def _load_s(layout: BlockLayout, needs: MemoryNeeds, rates: Rates, loaded: Sequence[State]) -> float:
+    """Of the block's weights: over the link, and in fp32 until their halves are joined."""
+    link_s = loaded_elements(layout, needs.in_hbm) * sum(s.dtype.itemsize for s in loaded) / rates.up_bytes_per_s
+    joins = needs.compute_dtype is torch.float32
+    return link_s + (layout.num_slot_elements / rates.joins_per_s if joins else 0.0)
 
 
 def _boundaries_s(sizes: Sequence[int], disk: DiskRates | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -231,9 +231,11 @@ def update_bytes(states: Iterable[State], grad_dtype: torch.dtype) -> float:
     return sum(2 * state.dtype.itemsize / state.group for state in states) + grad_dtype.itemsize
 
 
-def _host_update(
+def _update(
     layout: BlockLayout, needs: MemoryNeeds, rates: Rates, paging: _Paging | None, loaded: Sequence[State]
 ) -> UpdateCost:
+    if layout.index in needs.in_hbm:
+        return UpdateCost(work_s=_update_bytes(layout, needs) / rates.device_bytes_per_s)
     work_s = _host_update_s(layout, needs, rates)
     return paging.update(layout, work_s, loaded) if paging else UpdateCost(work_s=work_s)
 
