@@ -28,7 +28,7 @@ from horizon.errors import CheckpointError, one_line
 from horizon.store.arena import Arena
 from horizon.units import align_up
 
-# For a chunk of 64 MiB each. A thread needs a second of processor time for a GB, so that 4 keep up with most disks; on
+# For a chunk of 64 MiB each. A thread needs 0.8 s of processor time for a GB, so that 4 keep up with most disks; on
 # two cores 8 were no faster, and 16 slower.
 NUM_ROOMS = max(4, CHUNKS_IN_FLIGHT // 2)
 ALIGN = 4096  # of direct I/O
