@@ -6,7 +6,8 @@
 
 Each case takes steps on the same random tokens, so the loss must fall. The last step is recorded. Its bounds: the
 kernels' own time, and the bytes that it read and wrote on disk at the rate that raw access to the same disk reaches
-doing both at once (`profiling/disk.py`), measured before the engine is built. `of_bound` is its time over the larger.
+doing both at once (as in `horizon bench tiers`), measured before the engine is built. `of_bound` is its time over the
+larger.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from disk import Raw
 from step import SHAPES, facts, rows_of
 
 import horizon
+from horizon.bench.nvme import Raw
 from horizon.report.split import describe_split
 from horizon.store.disk import PIECE
 from horizon.units import GIB

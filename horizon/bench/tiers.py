@@ -16,6 +16,7 @@ from horizon.bench.disk import PLACE as DISK
 from horizon.bench.disk import disk
 from horizon.bench.link import link, within
 from horizon.bench.memory import Effort, bandwidth, latency, loaded_latency
+from horizon.bench.nvme import nvme
 from horizon.bench.places import Place, find_places, find_processors, simulated_place
 from horizon.bench.policies import Shape, policies
 from horizon.bench.update import update
@@ -42,6 +43,7 @@ class Plan:
     depths: tuple[int, ...]
     disk_blocks: tuple[int, ...]
     disk_seconds: float
+    nvme_bytes: int
     parameters: tuple[int, ...]
     shape: Shape
     gpu_shape: Shape  # a step of the other would be over before a GPU's kernels are launched
@@ -54,7 +56,7 @@ FULL = Plan(
         blocks=(4 * KIB, 64 * KIB, MIB, 16 * MIB), pauses=(100_000, 10_000, 3000, 1000, 300, 0), repeats=7,
     ),
     link_sizes=(MIB, 16 * MIB, 256 * MIB), disk_bytes=GIB, depths=(1, 2, 4, 8, 16, 32),
-    disk_blocks=(4 * KIB, 64 * KIB, MIB, 16 * MIB), disk_seconds=0.6,
+    disk_blocks=(4 * KIB, 64 * KIB, MIB, 16 * MIB), disk_seconds=0.6, nvme_bytes=GIB,
     parameters=(1_000_000, 4_000_000, 16_000_000, 64_000_000, 200_000_000),
     shape=Shape(hidden_size=512, num_layers=8, vocab_size=8192, rows=4, seq_len=128, steps=6),
     gpu_shape=Shape(hidden_size=1024, num_layers=16, vocab_size=32_768, rows=8, seq_len=1024, steps=10), repeats=5,
@@ -65,7 +67,7 @@ QUICK = Plan(
         blocks=(4 * KIB, MIB), pauses=(10_000, 1000, 0), repeats=3,
     ),
     link_sizes=(16 * MIB, 256 * MIB), disk_bytes=128 * MIB, depths=(1, 8), disk_blocks=(64 * KIB, 16 * MIB),
-    disk_seconds=0.3, parameters=(1_000_000, 16_000_000),
+    disk_seconds=0.3, nvme_bytes=256 * MIB, parameters=(1_000_000, 16_000_000),
     shape=Shape(hidden_size=512, num_layers=6, vocab_size=4096, rows=2, seq_len=32, steps=3),
     gpu_shape=Shape(hidden_size=1024, num_layers=8, vocab_size=32_768, rows=4, seq_len=1024, steps=5), repeats=3,
 )  # fmt: skip
@@ -150,6 +152,7 @@ def _tests(
         "disk", DISK,
         disk(options.disk_folder, plan.disk_bytes, plan.depths, plan.disk_blocks, plan.repeats, plan.disk_seconds),
     )  # fmt: skip
+    yield "nvme", DISK, nvme(options.disk_folder, plan.nvme_bytes, plan.repeats)
     threads = _threads(available_cores())
     for place in places:
         yield "adamw", place.name, update(place, places[0], plan.parameters, threads, plan.repeats)

@@ -19,6 +19,7 @@ from horizon.errors import DataError
 
 FORMAT = 1
 LESS_IS_BETTER = ("ns", "s")
+RAW = "raw"  # among the engines of the nvme tier: calls to the system with nothing around them
 REPEATED = ("machine", "commit", "versions", "command")  # of the run, in every row
 
 Setting = str | int | float
@@ -46,7 +47,7 @@ class Run:
 class Row:
     """One thing that was measured several times."""
 
-    test: str  # latency, bandwidth, loaded latency, link, hbm, disk, adamw, step
+    test: str  # latency, bandwidth, loaded latency, link, hbm, disk, nvme, adamw, step
     place: str  # the tier, or for a step the policy
     settings: Mapping[str, Setting]
     unit: str  # ns, s, GB/s (1e9 bytes), Gparam/s

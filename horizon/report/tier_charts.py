@@ -43,6 +43,7 @@ def _drawings(measured: Measurements) -> Iterator[tuple[str, Callable[[list[Row]
     yield "link", _link_by_size
     for access in ("read", "write"):
         yield "disk", partial(_disk, access)
+    yield "nvme", _engines
     yield "adamw", _adamw
     yield "adamw", _adamw_by_threads
     yield "step", _steps
@@ -271,6 +272,19 @@ def _link_by_size(rows: Sequence[Row]) -> Chart:
 
 def _way(row: Row) -> str:
     return f"{_source(row.place)}{row.settings['direction']} {row.settings['memory']}"
+
+
+def _engines(rows: Sequence[Row]) -> Chart:
+    found = {(_source(row.place) + str(row.settings["engine"]), row.settings["access"]): row.median for row in rows}
+    names, accesses = (tuple(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    return BarChart(
+        title="Engines of the nvme tier",
+        says="What the tier's engines reach with the pages that updates move, beside raw access to the same disk; both "
+        "reads and writes at once.",
+        names=names,
+        x=Axis("GB/s"),
+        bars=tuple((access, tuple(found.get((name, access), 0.0) for name in names)) for access in accesses),
+    )
 
 
 def _steps(rows: Sequence[Row]) -> Chart:

@@ -17,13 +17,18 @@ from horizon.units import format_bytes
 
 ACROSS = {
     "latency": "size", "loaded latency": "pause", "bandwidth": "threads", "link": "size", "hbm": "size",
-    "disk": "depth", "adamw": "parameters",
+    "disk": "depth", "nvme": "access", "adamw": "parameters",
 }  # fmt: skip
 NAMES = {  # of a column
     "cpus": "from", "pause": "pause between blocks", "io": "I/O", "tier_gb_per_s": "tier's GB/s",
     "depth": "requests under way",
 }  # fmt: skip
 LOAD = "load_gb_per_s"
+OF_RAW = "of_raw"
+BESIDE = {  # what else a cell says
+    "loaded latency": "; at: the GB/s that the others read meanwhile",
+    "nvme": ", and that as a part of raw access",
+}
 WORTH_TELLING = 0.1  # by which the best is better than the median
 
 
@@ -48,8 +53,7 @@ def table_of(measured: Measurements, test: str, title: str) -> Table:
     rows = measured.of(test)
     if test == "step":
         return _steps(title, rows)
-    load = "; at: the GB/s that the others read meanwhile" if test == "loaded latency" else ""
-    return crossed(title, rows, _number, f"{_count(rows)}{load}.")
+    return crossed(title, rows, _number, f"{_count(rows)}{BESIDE.get(test, '')}.")
 
 
 def crossed(title: str, rows: Sequence[Row], text: Callable[[Row], str], says: str) -> Table:
@@ -122,9 +126,11 @@ def _shown(row: Row, name: str) -> str:
 
 
 def _number(row: Row) -> str:
-    """The median, the best where that is much better, and the load under which it was."""
+    """The median, the best where that is much better, and the load under which it was or its part of raw access."""
     noisy = abs(row.best / row.median - 1) > WORTH_TELLING if row.median else False
     said = f"{three_digits(row.median)} ({three_digits(row.best)})" if noisy else three_digits(row.median)
+    if OF_RAW in row.also:
+        return f"{said}, {row.also[OF_RAW]:.0%}"
     return f"{said} at {three_digits(row.also[LOAD])}" if LOAD in row.also else said
 
 

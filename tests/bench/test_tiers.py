@@ -30,7 +30,7 @@ from tests.report.pages import charts, check_page
 
 PLAN = Plan(
     memory=TINY, link_sizes=(MIB,), disk_bytes=MIB, depths=(1, 2), disk_blocks=(64 * KIB,), disk_seconds=0.1,
-    parameters=(10_000, 400_000), shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2),
+    nvme_bytes=64 * MIB, parameters=(10_000, 400_000), shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2),
     gpu_shape=Shape(64, 2, 128, rows=2, seq_len=16, steps=2), repeats=2,
 )  # fmt: skip
 
@@ -156,7 +156,7 @@ def test_what_fails_is_a_reason_and_the_rest_is_measured(monkeypatch, tmp_path):
         monkeypatch.setattr(tiers, name, fail)
     monkeypatch.setattr(tiers, "policies", lambda *given: iter([Skipped(test="step", place=f"{given[1]}", reason="r")]))
     found = measure_tiers(Options(PLAN, tmp_path, None, ["x"]), lambda what, found: found)
-    assert {row.test for row in found.rows} == {"disk"}
+    assert {row.test for row in found.rows} == {"disk", "nvme"}
     reasons = {one.test: one.reason for one in found.skipped}
     assert reasons["adamw"] == reasons["latency"] == "the disk is gone"
     assert [one.place for one in found.skipped if one.test == "step"] == ["0.0"]  # nothing to take a share of

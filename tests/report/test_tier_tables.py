@@ -104,3 +104,22 @@ def test_a_part_whose_hardware_is_not_there_says_so_in_one_line():
     link, steps = found["Link to the GPU"], found["Steps under each policy"]
     assert (link.charts, link.tables, link.missing) == ([], [], ["hbm: none"])
     assert len(steps.charts) == len(steps.tables) == 1 and not steps.missing
+
+
+def test_engines_are_told_as_parts_of_raw_access():
+    rows = [
+        row("nvme", value, "disk", also={"of_raw": value / 2.0, "cores": 0.1}, engine=engine, access="read", size=1024)
+        for engine, value in (("raw", 2.0), ("direct", 1.9), ("tensorstore", 0.8))
+    ]
+    table = table_of(measured(*rows), "nvme", "t")
+    assert table.rows == (
+        ("disk", "raw", "2.00, 100%"), ("disk", "direct", "1.90, 95%"), ("disk", "tensorstore", "0.800, 40%"),
+    )  # fmt: skip
+    assert table.says.endswith("median of 3, and that as a part of raw access.")
+    assert findings(measured(*rows)) == [
+        "The direct engine of the nvme tier reaches 95% (read) of raw access.",
+        "The tensorstore engine of the nvme tier reaches 40% (read) of raw access.",
+    ]
+    assert glance(measured(*rows)).rows == ()  # what the disk gives is told by its own test
+    (chart,) = next(s for s in sections(measured(*rows)) if s.part.title == "Disk").charts
+    assert (chart.names, chart.bars) == (("raw", "direct", "tensorstore"), (("read", (2.0, 1.9, 0.8)),))
