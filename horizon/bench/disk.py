@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from horizon.errors import DataError
 from horizon.report.measurements import Row
+from horizon.store.arena import HUGE_PAGE
 
 PLACE = "disk"
 BATCH = 1 << 20  # bytes that are moved between two looks at the clock
@@ -136,8 +138,11 @@ def _rate(
 
 
 def _buffer(num_bytes: int) -> mmap.mmap:
-    """Aligned as O_DIRECT asks for, and not zero."""
+    """Aligned as O_DIRECT asks for, in huge pages as staging is (4 KiB ones halve the rate), and not zero."""
     buffer = mmap.mmap(-1, num_bytes)
+    if num_bytes >= HUGE_PAGE:
+        with suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     buffer[:] = bytes(range(256)) * (num_bytes // 256) + bytes(num_bytes % 256)
     return buffer
 
