@@ -26,6 +26,7 @@ EFFICIENT_TOKENS = 8192  # below, a block's kernels no longer fill a large GPU
 # passes timed on an H200.
 SUMMING_TOKENS = 350
 FRAGMENTS = 16  # of what graphs hold, the allocator loses one more such part between tensors of many sizes
+KEPT_FRAGMENTS = 128  # of linear outputs, it loses less
 WORTHWHILE = 2 * GIB  # of host memory: to save less, micro-batches are not made smaller
 
 
@@ -43,11 +44,19 @@ class WorkingSet:
         """Bytes at a micro-batch of `tokens` tokens."""
         return max(self.least, self.base + self.per_token * tokens)
 
+    def beside_kept(self, tokens: int, num_selective: int, step_tokens: int) -> int:
+        """Bytes at work while so many layers' linear outputs of `step_tokens` tokens are kept, or after that.
+
+        The first layer to take them back works with its own, which are counted already; where layers run again with
+        nothing kept, these outputs are gone.
+        """
+        own, lost = tokens * self.kept_selective, num_selective * step_tokens * self.kept_selective // KEPT_FRAGMENTS
+        return max(self.least, self.at(tokens) - max(0, own - lost)) if num_selective else self.at(tokens)
+
     def turning(self, layers: int, tokens: int) -> int:
-        """Bytes beyond these that layers at the turn hold: all of them while the head is at work, or all but one."""
+        """Bytes that layers at the turn and what works beside them hold: the head, or the last of them and no head."""
         graph = tokens * self.graph_per_token
-        head, layer = layers * graph + self.least, max(layers - 1, 0) * graph + self.base + self.per_token * tokens
-        return max(head, layer) - self.at(tokens)
+        return max(layers * graph + self.least, max(layers - 1, 0) * graph + self.at(tokens)) if layers else 0
 
     @property
     def graph_per_token(self) -> int:
@@ -90,10 +99,12 @@ class _Room:
     boundary: int
     selective: int  # besides the boundary
     graph: int  # boundary included
+    at_work: Callable[[int], int]  # beside so many layers' linear outputs
 
     def offloaded(self, num_graphs: int, num_selective: int) -> int:
         """Boundaries that must leave for the host; more than there are where not even that is enough."""
-        left = self.num_bytes - num_graphs * self.graph - num_selective * self.selective
+        kept = num_graphs * self.graph + num_selective * self.selective
+        left = self.num_bytes - kept - self.at_work(num_selective)
         layers = self.num_layers - num_graphs
         return layers + 1 if left < 0 else max(0, layers - left // max(self.boundary, 1))
 
@@ -124,13 +135,18 @@ def plan_activations(
     """
     num_layers, boundary = plan.num_blocks - 2 - plan.turn_layers, sum(tokens) * token_bytes
     passing = 3 * boundary  # entering a block, leaving it, and the gradient on its way down
-    busy, turning = working.at(max(tokens)), working.turning(plan.turn_layers, max(tokens))
+    turning = working.turning(plan.turn_layers, max(tokens))
+
+    def busy(num_selective: int) -> int:
+        return working.beside_kept(max(tokens), num_selective, sum(tokens))
+
     room = _Room(
         num_layers,
-        plan.limits.device - plan.num_bytes("device") - busy - passing - turning,
+        plan.limits.device - plan.num_bytes("device") - passing,
         boundary,
         sum(tokens) * working.kept_selective,
         sum(tokens) * working.graph_per_token,
+        lambda num_selective: max(busy(num_selective), turning),
     )
 
     def offloaded_lines(num_graphs: int, num_selective: int) -> list[Line]:
@@ -143,11 +159,12 @@ def plan_activations(
 
     num_graphs, num_selective = _kept_layers(room, recompute, own)
     away = _offloaded(room, num_graphs, num_selective)
+    block = busy(num_selective)
     lines = (
         *offloaded_lines(num_graphs, num_selective),
-        Line("device", f"block at work ({max(tokens)} tokens)", busy),
+        Line("device", f"block at work ({max(tokens)} tokens)", block),
         Line("device", "hidden states", passing),
-        *([Line("device", f"graphs of {plan.turn_layers} turn layers", turning)] if turning else []),
+        *([Line("device", f"graphs of {plan.turn_layers} turn layers", turning - block)] if turning > block else []),
         *_kept_lines(room, num_graphs, num_selective),
     )
     remedy = "a smaller train.micro_batch or train.batch_size"
