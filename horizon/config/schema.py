@@ -273,6 +273,7 @@ class MemoryConfig:
     """What Horizon may use. Budgets are `auto` or a size such as `24GiB`."""
 
     host_budget: str = "auto"  # DRAM of the whole process; auto: what is available; cgroup: what the cgroup allows
+    host_reserve: str | None = None  # that states leave for activations and checkpoints where the rest goes to nvme
     device_budget: str = "auto"  # device memory, framework included (on CPU: for the slots); auto: what is free
     recompute: Recompute = Recompute.auto  # what backward runs again instead of keeping it; on CPU auto is full
     policy: Policy = Policy.auto  # which tier holds which states; blocks in device memory are updated there

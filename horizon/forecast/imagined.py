@@ -13,7 +13,16 @@ import torch
 
 from horizon.checkpoint.format import list_arrays
 from horizon.checkpoint.saves import saving_bytes, staging_bytes
-from horizon.config.schema import Clip, HorizonConfig, MasterFormat, Moments, OnNonFinite, Policy, Recompute
+from horizon.config.schema import (
+    Clip,
+    HorizonConfig,
+    MasterFormat,
+    MemoryConfig,
+    Moments,
+    OnNonFinite,
+    Policy,
+    Recompute,
+)
 from horizon.errors import BudgetError, ConfigError
 from horizon.forecast.machine import Target
 from horizon.models.shape import ModelShape
@@ -23,7 +32,8 @@ from horizon.plan.activations import ActivationPlan
 from horizon.plan.cost import Rates, update_bytes
 from horizon.plan.estimate import Estimator
 from horizon.plan.memory import WEIGHT_SLOTS, Limits, MemoryNeeds, MemoryPlan, fixed_lines, plan_memory
-from horizon.plan.placement import read_policy, turn_layers, unknown_activations
+from horizon.plan.placement import Placer, read_policy, turn_layers, unknown_activations
+from horizon.plan.policies import tier_bytes
 from horizon.plan.prediction import StepPrediction
 from horizon.plan.refusals import check_memory, check_speculation
 from horizon.planner import StepPlanner
@@ -120,9 +130,7 @@ class Forecaster:
         """
         needs, memory = self.needs(config), config.memory
         limits = limits or self.target.limits(memory)
-        device, can_update = self.target.device, self.target.can_update
-        placer = read_policy(memory, device, can_update, len(needs.layouts), needs.moments, needs.master)
-        needs = placer.place(needs, limits, unknown_activations(limits))
+        placer, needs = self._placed(memory, needs, limits)
         check_speculation(needs, config.optim.clip)
         if config.checkpoint.save_every is not None:
             needs = self._saving(needs, limits, config.checkpoint.staging)
@@ -134,6 +142,21 @@ class Forecaster:
         idle = planner.idle_bytes(parts.needs, needs.keeps_gradients)
         planned = activations.plan(parts.plan.with_activations(()), shapes, idle, parts.version)
         return Forecast(config, parts.plan, parts.needs, planned, rows)
+
+    def left_by_states(self, config: HorizonConfig) -> int:
+        """Host bytes that activations and checkpoints may have.
+
+        Raises:
+            ConfigError: settings that cannot work.
+        """
+        limits = self.target.limits(config.memory)
+        _, needs = self._placed(config.memory, self.needs(config), limits)
+        return max(0, limits.host - tier_bytes(needs)[0])
+
+    def _placed(self, memory: MemoryConfig, needs: MemoryNeeds, limits: Limits) -> tuple[Placer, MemoryNeeds]:
+        device, can_update = self.target.device, self.target.can_update
+        placer = read_policy(memory, device, can_update, len(needs.layouts), needs.moments, needs.master)
+        return placer, placer.place(needs, limits, unknown_activations(limits))
 
     def _saving(self, needs: MemoryNeeds, limits: Limits, staging: str) -> MemoryNeeds:
         """The same, with the memory that checkpoints are written from, as `Runtime.plan_saves` has it."""

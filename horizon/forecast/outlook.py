@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 
 from horizon.config.schema import Clip, HorizonConfig, MemoryConfig, Moments, Policy, Recompute
 from horizon.errors import BudgetError
-from horizon.forecast.changes import Change, alternatives, changed, describe, nearest_changes, setting, smaller_levers
+from horizon.forecast.changes import (
+    Change,
+    Lever,
+    alternatives,
+    changed,
+    describe,
+    nearest_changes,
+    setting,
+    smaller_levers,
+)
 from horizon.forecast.imagined import Forecast, Forecaster
 from horizon.plan.memory import PROCESS_DRIFT, Limits, round_up
 from horizon.units import format_bytes, parse_bytes
@@ -67,6 +76,8 @@ def nearest_that_fit(forecaster: Forecaster, config: HorizonConfig, refusal: Bud
     target = forecaster.target
     budgets = larger_budgets(forecaster, config, refusal)
     levers = smaller_levers(config, target.on_gpu, budgets, target.has_cxl)
+    if reserves := larger_reserves(forecaster, config, refusal):
+        levers.append(Lever("memory.host_reserve", reserves, 2))
     found: list[Alternative] = []
     further: list[Alternative] = []
     for change in nearest_changes(levers)[:TRIED]:
@@ -97,10 +108,20 @@ def larger_budgets(forecaster: Forecaster, config: HorizonConfig, refusal: Budge
     return {key: size} if parse_bytes(size, key) <= most else {}
 
 
+def larger_reserves(forecaster: Forecaster, config: HorizonConfig, refusal: BudgetError) -> tuple[str, ...]:
+    """What states that spill to nvme may have to leave of host memory for the rest to fit, least first."""
+    memory = config.memory
+    if refusal.tier != "host" or memory.nvme_dir is None or memory.rules or memory.policy is not Policy.auto:
+        return ()
+    left, more = forecaster.left_by_states(config), refusal.needed - refusal.limit + PROCESS_DRIFT
+    return round_up(left + more), round_up(left + 2 * more)  # checkpoints take half of what is left
+
+
 SMALLEST: Change = {
     "optim.moments": Moments.int8, "optim.max_grad_norm": None, "optim.clip": Clip.exact, "train.batch_size": 1,
     "train.micro_batch": 1, "memory.weight_slots": 1, "memory.policy": Policy.dram, "memory.hbm_blocks": None,
-    "memory.turn_layers": None, "memory.recompute": Recompute.auto, "memory.rules": [], "memory.cxl_nodes": "auto",
+    "memory.turn_layers": None, "memory.recompute": Recompute.auto, "memory.rules": [],
+    "memory.host_reserve": None, "memory.cxl_nodes": "auto",
     "memory.cxl_budget": "auto", "memory.cxl_simulated.size": None,
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from horizon.plan.cxl import POLICIES as CXL_POLICIES
 from horizon.plan.levels import fill_dram
 from horizon.plan.memory import Limits, MemoryNeeds
 from horizon.plan.policies import POLICY_RULES, apply_rules, read_rules, spill, tier_bytes
-from horizon.units import GIB
+from horizon.units import GIB, parse_bytes
 
 
 def unknown_activations(limits: Limits) -> int:
@@ -44,6 +44,7 @@ class Placer:
     num_blocks: int | None = None  # in HBM; None: the policy decides
     rules: tuple[TierRule, ...] = ()  # if there are some, they decide
     spills: bool = False  # what host memory does not hold goes to nvme
+    reserve: int = 0  # bytes of host memory that states leave then
     slots: int | None = None  # for weights; None: the plan decides
     turns: bool = True  # the plan decides how many layers are at the turn
 
@@ -69,7 +70,7 @@ class Placer:
             chosen = replace(needs, in_hbm=choose_placement(needs, limits, reserve))
         else:
             chosen = replace(needs, in_hbm=frozenset())
-        return spill(chosen, limits) if self.spills else chosen
+        return spill(chosen, replace(limits, host=max(0, limits.host - self.reserve))) if self.spills else chosen
 
     def bases(self, needs: MemoryNeeds, limits: Limits) -> list[MemoryNeeds]:
         """What is in HBM before activations have their share: the first of these that leaves enough for them.
@@ -137,7 +138,26 @@ def read_policy(
     spills = policy is Policy.auto and memory.nvme_dir is not None and not rules
     if policy is Policy.auto and (device.type == "cpu" or not can_update or narrow):
         policy = Policy.dram
-    return Placer(policy, wanted, rules, spills, memory.weight_slots, memory.turn_layers is None)
+    reserve = _read_reserve(memory, spills)
+    return Placer(policy, wanted, rules, spills, reserve, memory.weight_slots, memory.turn_layers is None)
+
+
+def _read_reserve(memory: MemoryConfig, spills: bool) -> int:
+    """Bytes.
+
+    Raises:
+        ConfigError: it is no size, or states would not go anywhere for it.
+    """
+    if memory.host_reserve is None:
+        return 0
+    if not spills:
+        missing = "without memory.nvme_dir" if memory.nvme_dir is None else f"with memory.policy={memory.policy}"
+        missing = "with memory.rules" if memory.rules else missing
+        raise ConfigError(
+            f"memory.host_reserve={memory.host_reserve} {missing}: nothing leaves host memory for it; use "
+            "memory.policy=auto alone and memory.nvme_dir, or memory.host_reserve=null"
+        )
+    return parse_bytes(memory.host_reserve, "memory.host_reserve")
 
 
 def turn_layers(memory: MemoryConfig, layouts: Sequence[BlockLayout]) -> int:

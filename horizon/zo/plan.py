@@ -147,6 +147,7 @@ def refuse_what_has_no_use(memory: MemoryConfig) -> None:
         ("hbm_blocks", memory.hbm_blocks, None),
         ("turn_layers", memory.turn_layers, None),
         ("nvme_dir", memory.nvme_dir, None),
+        ("host_reserve", memory.host_reserve, None),
         ("update_threads", memory.update_threads, None),
         ("cxl_nodes", memory.cxl_nodes, "auto"),
         ("cxl_budget", memory.cxl_budget, "auto"),

@@ -100,3 +100,17 @@ def test_a_step_with_everything_on_disk_is_predicted(forecaster):
     assert found.prediction.seconds >= (moves["disk", "read"] + moves["disk", "write"]) / 10e9
     some = changed(config, {"memory.policy": Policy.dram, "memory.rules": [TierRule(state="grads", tier=Tier.nvme)]})
     assert forecaster(some, described()).forecast(some).prediction.disk_s < found.prediction.disk_s
+
+
+def test_states_that_fill_host_memory_are_told_to_leave_what_activations_need(forecaster):
+    change = {"memory.device_budget": "3GiB", "train.batch_size": 512, "train.micro_batch": 1, "optim.clip": "lagged"}
+    large = MODEL | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16}  # staging is as large
+    config = changed(settings(large, train__batch_size=4), NVME | {"memory.hbm_blocks": 0} | change)
+    found = forecaster(config, described("32GiB"))
+    host = found.forecast(config).plan.num_bytes("host")
+    tight = changed(config, {"memory.host_budget": f"{host - (300 << 20)}B"})
+    outlook = look(found, tight)
+    assert outlook.refusal is not None and outlook.refusal.tier == "host"
+    (wanted,) = (a.change for a in outlook.alternatives if set(a.change) == {"memory.host_reserve"})
+    plan = found.forecast(changed(tight, wanted)).plan
+    assert plan.num_bytes("host") <= plan.limits.host and plan.num_bytes("nvme")

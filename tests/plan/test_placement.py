@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horizon import MemoryConfig
-from horizon.config.schema import Moments, Policy
+from horizon.config.schema import Moments, Policy, Tier, TierRule
 from horizon.errors import BudgetError, ConfigError
 from horizon.layout import ParamSpec, place_block
 from horizon.plan.memory import Limits, MemoryNeeds, fixed_lines, plan_memory
@@ -158,6 +158,12 @@ def test_so_many_blocks_as_the_setting_says_whatever_there_is_room_for():
         ({"hbm_blocks": 0}, GPU, False, Placer(Policy.dram, 0)),
         ({"policy": "auto", "hbm_blocks": 3}, CPU, True, Placer(Policy.dram, 3)),
         ({"policy": Policy.dram, "hbm_blocks": 0}, GPU, True, Placer(Policy.dram, 0)),
+        (
+            {"nvme_dir": "there", "host_reserve": "2GiB"},
+            GPU,
+            True,
+            Placer(Policy.auto, spills=True, reserve=2 << 30),
+        ),
     ],
 )
 def test_what_settings_mean(memory, device, can_update, expected):
@@ -173,6 +179,18 @@ def test_what_settings_mean(memory, device, can_update, expected):
         ({"policy": "dram", "hbm_blocks": 1}, True, "memory.hbm_blocks=1 with memory.policy=dram"),
         ({"policy": "hbm_first"}, False, "updated with Triton, which is not installed here; use memory.policy=dram"),
         ({"hbm_blocks": 1}, False, "updated with Triton"),
+        ({"host_reserve": "2GiB"}, True, "memory.host_reserve=2GiB without memory.nvme_dir: nothing leaves"),
+        (
+            {"host_reserve": "2GiB", "nvme_dir": "there", "policy": "nvme_all"},
+            True,
+            "memory.host_reserve=2GiB with memory.policy=nvme_all: nothing leaves host memory for it; use",
+        ),
+        (
+            {"host_reserve": "2GiB", "nvme_dir": "there", "rules": [TierRule(state="exp_avg", tier=Tier.nvme)]},
+            True,
+            "memory.host_reserve=2GiB with memory.rules",
+        ),
+        ({"host_reserve": "some", "nvme_dir": "there"}, True, "memory.host_reserve='some' is not a size"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(memory, can_update, message):

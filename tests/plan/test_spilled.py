@@ -109,6 +109,16 @@ def test_what_leaves_host_memory_is_spread_over_the_model_and_no_more_than_must(
     assert gaps[-1] == 1 and gaps[0] >= max(gaps[1:])  # the first blocks' updates are awaited soonest
 
 
+@pytest.mark.parametrize("reserve", [0, 1, 5000, 1 << 40])
+def test_states_that_spill_leave_what_is_reserved(reserve, monkeypatch):
+    monkeypatch.setattr("horizon.plan.memory.UPDATE_PAGES", 0)  # staging would be as large as all of it
+    wanted = needs(keeps=False)
+    host = tier_bytes(wanted)[0] - 1
+    placed = Placer(Policy.dram, spills=True, reserve=reserve).place(wanted, Limits(host, 0), 0)
+    assert placed == spill(wanted, Limits(max(0, host - reserve), 0))
+    assert reserve > host or tier_bytes(placed)[0] <= host - reserve
+
+
 @pytest.mark.parametrize("layouts", [UNTIED, TIED], ids=["untied", "tied"])
 def test_gradients_cross_the_disk_once_each_way_but_those_that_come_last(layouts):
     found = apply_rules((rule("grads"),), (), needs(layouts))
