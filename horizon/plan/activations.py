@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -136,10 +137,7 @@ def plan_activations(
     num_layers, boundary = plan.num_blocks - 2 - plan.turn_layers, sum(tokens) * token_bytes
     passing = 3 * boundary  # entering a block, leaving it, and the gradient on its way down
     turning = working.turning(plan.turn_layers, max(tokens))
-
-    def busy(num_selective: int) -> int:
-        return working.beside_kept(max(tokens), num_selective, sum(tokens))
-
+    busy = partial(working.beside_kept, max(tokens), step_tokens=sum(tokens))
     room = _Room(
         num_layers,
         plan.limits.device - plan.num_bytes("device") - passing,
@@ -167,14 +165,17 @@ def plan_activations(
         *([Line("device", f"graphs of {plan.turn_layers} turn layers", turning - block)] if turning > block else []),
         *_kept_lines(room, num_graphs, num_selective),
     )
-    remedy = "a smaller train.micro_batch or train.batch_size"
-    if recompute not in (Recompute.auto, Recompute.full):
-        remedy = f"memory.recompute=auto instead of {recompute}, {remedy}"
-    check_fits(plan.with_activations(lines), remedy)
-    first_graph = 1 + num_layers - num_graphs
-    kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
-    kept |= {block: Recompute.none for block in range(first_graph, plan.num_blocks - 1)}
+    fixed = recompute not in (Recompute.auto, Recompute.full)
+    remedy = f"memory.recompute=auto instead of {recompute}, " if fixed else ""
+    check_fits(plan.with_activations(lines), f"{remedy}a smaller train.micro_batch or train.batch_size")
+    kept = _recomputed(1 + num_layers - num_graphs, num_selective, plan.num_blocks)
     return ActivationPlan(away, kept, lines, plan.boundaries)
+
+
+def _recomputed(first_graph: int, num_selective: int, num_blocks: int) -> dict[int, Recompute]:
+    """What the layers that keep more than a boundary run again."""
+    kept = {block: Recompute.selective for block in range(first_graph - num_selective, first_graph)}
+    return kept | {block: Recompute.none for block in range(first_graph, num_blocks - 1)}
 
 
 def _offloaded_lines(plan: MemoryPlan, sizes: Mapping[Key, int], idle: Sequence[int]) -> list[Line]:
