@@ -39,12 +39,12 @@ def disk(
         DataError: the file cannot be made, written or read.
     """
     try:
-        handle, direct = _create(folder, file_bytes)
+        handle, direct = create_file(folder, file_bytes)
         try:
             for access in ("write", "read"):
                 for block in blocks:
                     for depth in depths:
-                        buffers = [_buffer(block) for _ in range(depth)]
+                        buffers = [make_buffer(block) for _ in range(depth)]
                         values = [_rate(handle, access, buffers, file_bytes, direct, seconds) for _ in range(repeats)]
                         settings = {
                             "access": access, "depth": depth, "block": block, "io": "direct" if direct else "buffered",
@@ -56,7 +56,7 @@ def disk(
         raise DataError(f"cannot measure the disk in {folder}: {error.strerror}; choose another with --disk") from error
 
 
-def _create(folder: Path, file_bytes: int) -> tuple[int, bool]:
+def create_file(folder: Path, file_bytes: int) -> tuple[int, bool]:
     """A file that was written once, so that reads find data, and whether the file system takes O_DIRECT."""
     path, flags, direct = folder / f"horizon-bench-{os.getpid()}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, True
     try:
@@ -68,7 +68,7 @@ def _create(folder: Path, file_bytes: int) -> tuple[int, bool]:
     try:
         path.unlink()
         os.posix_fallocate(handle, 0, file_bytes)
-        buffer = _buffer(min(file_bytes, 16 << 20))
+        buffer = make_buffer(min(file_bytes, 16 << 20))
         for offset in range(0, file_bytes, len(buffer)):
             if os.pwrite(handle, buffer, offset) != len(buffer):
                 raise _failure("write", handle, buffer, offset)
@@ -137,8 +137,8 @@ def _rate(
     return sum(moved) / (time.perf_counter() - started) / 1e9
 
 
-def _buffer(num_bytes: int) -> mmap.mmap:
-    """Aligned as O_DIRECT asks for, in huge pages as staging is (4 KiB ones halve the rate), and not zero."""
+def make_buffer(num_bytes: int) -> mmap.mmap:
+    """Aligned as O_DIRECT asks for, in huge pages (4 KiB ones were seen to halve the rate), and not zero."""
     buffer = mmap.mmap(-1, num_bytes)
     if num_bytes >= HUGE_PAGE:
         with suppress(OSError):  # a kernel without them

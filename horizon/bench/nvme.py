@@ -7,6 +7,7 @@ move what updates move: pages of an fp32 state, as many at a time as an update s
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import queue
 import time
@@ -21,7 +22,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from horizon.bench.disk import PLACE
+from horizon.bench.disk import PLACE, create_file, make_buffer
 from horizon.config.schema import NvmeEngine
 from horizon.errors import DataError
 from horizon.plan.disk import UPDATE_PAGES, DiskMap, Region
@@ -34,9 +35,9 @@ from horizon.units import MIB
 
 PAGE = 32 * MIB
 STATE = "exp_avg", 0
-_Pages: TypeAlias = "queue.SimpleQueue[Tensor | BaseException]"
-
 WRITES = {"read": (False,), "write": (True,), "both": (False, True)}  # of each page, one after the other
+
+_Pages: TypeAlias = "queue.SimpleQueue[Tensor | BaseException]"
 
 
 def nvme(folder: Path, num_bytes: int, repeats: int) -> Iterator[Row | Skipped]:
@@ -102,25 +103,20 @@ class Raw:
     """Calls to the system, on threads that each have a buffer in huge pages.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or not for direct I/O.
     """
 
     name = RAW
 
     def __init__(self, folder: Path, num_bytes: int, num_threads: int):
-        path = folder / f"raw-{os.getpid()}"
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
-        try:
-            path.unlink()
-            os.posix_fallocate(self._handle, 0, num_bytes)
-        except BaseException:
+        self._handle, direct = create_file(folder, num_bytes)
+        if not direct:
             os.close(self._handle)
-            raise
+            raise OSError(errno.EINVAL, "its file system refuses direct I/O")
         self._num_bytes, self._pool = num_bytes, ThreadPoolExecutor(num_threads)
-        self._memory = _filled(PIECE, num_threads)
-        self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        for region in self._memory.regions:
-            self._buffers.put(region.numpy().data)
+        self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        for _ in range(num_threads):
+            self._buffers.put(make_buffer(PIECE))
 
     def move(self, writes: Sequence[bool]) -> None:
         """Every piece of the file, read or written for each of `writes`.
@@ -141,10 +137,9 @@ class Raw:
             raise OSError(errno.EIO, f"{done} of {PIECE} bytes at {start} were moved")
 
     def close(self) -> None:
-        """Give the file and the buffers back."""
+        """Give the file back."""
         self._pool.shutdown()
         os.close(self._handle)
-        self._memory.close()
 
 
 class _Tier:
@@ -152,9 +147,10 @@ class _Tier:
 
     def __init__(self, folder: Path, num_bytes: int, engine: NvmeEngine):
         self.name = str(engine)
-        self._num_bytes = num_bytes
+        self._num_bytes, self._staging = num_bytes, Arena([PAGE] * UPDATE_PAGES, "staging", pin=False)
+        for region in self._staging.regions:  # with bytes that no disk can shorten
+            region.copy_(torch.randint(0, 256, (PAGE,), dtype=torch.uint8))
         self._tier = open_nvme(str(folder), engine, DiskMap({STATE: Region(0, num_bytes, PAGE)}, num_bytes))
-        self._staging = _filled(PAGE, UPDATE_PAGES)
 
     def move(self, writes: Sequence[bool]) -> None:
         free: _Pages = queue.SimpleQueue()
@@ -181,11 +177,3 @@ def _taken(free: _Pages) -> Tensor:
     if isinstance(page, BaseException):
         raise page
     return page
-
-
-def _filled(size: int, count: int) -> Arena:
-    """Buffers in huge pages, with bytes that no disk can shorten."""
-    arena = Arena([size] * count, "staging", pin=False)
-    for region in arena.regions:
-        region.copy_(torch.randint(0, 256, (size,), dtype=torch.uint8))
-    return arena

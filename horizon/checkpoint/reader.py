@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -69,13 +69,20 @@ class Checkpoint:
             if kind == BUFFER_KIND and name in buffers:
                 buffers[name].copy_(self.read(name, kind))
 
-    def verify(self) -> None:
+    def verify(self, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
         """Read every array and compare its checksums.
+
+        Args:
+            progress: told of bytes that are as they were written, by the threads that read.
 
         Raises:
             CheckpointError: naming the first array that is damaged.
         """
-        self.read_each((spec, lambda start, numbers: None) for spec in self.manifest.arrays)
+
+        def compared(start: int, numbers: Tensor) -> None:
+            progress(numbers.nbytes)
+
+        self.read_each((spec, compared) for spec in self.manifest.arrays)
 
 
 def _put(flat: Tensor, start: int, numbers: Tensor) -> None:

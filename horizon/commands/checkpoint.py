@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from horizon.checkpoint.compare import array_differences, manifest_differences
 from horizon.checkpoint.convert import export_checkpoint, import_model
@@ -89,8 +90,11 @@ def describe(manifest: Manifest) -> str:
 def _verify(arguments: list[str]) -> int:
     (folder,), _ = _parse(arguments, 1, {}, CHECKPOINT)
     checkpoint, began = Checkpoint(find_checkpoint(Path(folder))), time.perf_counter()
-    checkpoint.verify()
-    size, seconds = checkpoint.manifest.num_bytes, time.perf_counter() - began
+    size = checkpoint.manifest.num_bytes
+    bar = tqdm(total=size, desc="reading", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    with bar:
+        checkpoint.verify(bar.update)
+    seconds = time.perf_counter() - began
     arrays = f"{len(checkpoint.manifest.arrays)} arrays, {format_bytes(size)}"
     print(f"{checkpoint.folder}: {arrays}, all as they were written ({format_bytes(size / seconds)}/s)")
     return 0

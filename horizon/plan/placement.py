@@ -143,7 +143,7 @@ def read_policy(
 
 
 def _read_reserve(memory: MemoryConfig, spills: bool) -> int:
-    """Bytes.
+    """Bytes of `memory.host_reserve`.
 
     Raises:
         ConfigError: it is no size, or states would not go anywhere for it.

@@ -44,7 +44,7 @@ def test_an_error_of_the_disk_is_told_and_no_file_is_left(tmp_path, monkeypatch,
     monkeypatch.setattr(module, "requests", lambda name: (lambda *_: 0) if name == access else real(name))
     monkeypatch.setattr(module.os, "preadv" if access == "read" else "pwrite", broken)
     if access == "write":
-        monkeypatch.setattr(module, "_create", lambda folder, size: (os.open(os.devnull, os.O_RDWR), True))
+        monkeypatch.setattr(module, "create_file", lambda folder, size: (os.open(os.devnull, os.O_RDWR), True))
     with pytest.raises(
         DataError, match=r"cannot measure the disk in .*: Input/output error; choose another with --disk"
     ):
@@ -53,14 +53,14 @@ def test_an_error_of_the_disk_is_told_and_no_file_is_left(tmp_path, monkeypatch,
 
 
 def test_a_short_read_is_an_error(tmp_path, monkeypatch):
-    real, made = module._create, module.requests
+    real, made = module.create_file, module.requests
 
     def cut(folder, num_bytes):
         handle, direct = real(folder, num_bytes)
         os.ftruncate(handle, num_bytes // 2)
         return handle, direct
 
-    monkeypatch.setattr(module, "_create", cut)
+    monkeypatch.setattr(module, "create_file", cut)
     monkeypatch.setattr(module, "requests", lambda name: made(name) if name == "read" else (lambda *given: given[-1]))
     with pytest.raises(DataError, match="0 of 65536 bytes were moved"):
         measure(tmp_path)
@@ -85,9 +85,9 @@ def test_requests_move_the_bytes_that_they_name_and_stop_at_the_first_that_is_cu
 
 def test_buffers_are_made_before_the_clock_runs(tmp_path, monkeypatch):
     made = []
-    real = module._buffer
-    monkeypatch.setattr(module, "_buffer", lambda size: made.append(size) or real(size))
-    handle, direct = module._create(tmp_path, MIB)
+    real = module.make_buffer
+    monkeypatch.setattr(module, "make_buffer", lambda size: made.append(size) or real(size))
+    handle, direct = module.create_file(tmp_path, MIB)
     made.clear()
     module._rate(handle, "write", [real(64 * KIB)] * 2, MIB, direct, 1)
     os.close(handle)

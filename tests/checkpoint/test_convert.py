@@ -16,6 +16,7 @@ from horizon.checkpoint.schedule import Due, Interval, parse_interval, prune
 from horizon.cli import _dispatch
 from horizon.data.tokenizer import byte_tokenizer
 from horizon.errors import CheckpointError, ConfigError, UnsupportedModelError
+from horizon.run_checkpoints import find_checkpoint
 from tests.checkpoint.engines import LLAMA, build, load, make_batch, train
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"]
@@ -140,6 +141,12 @@ def test_ls_lists_them_with_the_best(run_folder, capsys):
     (run_folder / "checkpoints/step-00000003/manifest.json").write_text("{")
     _dispatch(["checkpoint", "ls", str(run_folder / "checkpoints")])
     assert "truncated or damaged" in capsys.readouterr().out.splitlines()[2]
+
+
+def test_verify_tells_of_every_byte(run_folder):
+    checkpoint, told = Checkpoint(find_checkpoint(run_folder)), list[int]()
+    checkpoint.verify(told.append)
+    assert sum(told) == checkpoint.manifest.num_bytes
 
 
 def test_verify_reads_all_and_names_what_is_damaged(run_folder, capsys):
