@@ -3,8 +3,9 @@
     python profiling/checkpoint.py --shape qwen2.5-3b --tokens 65536 --every 10 --steps 20 --folder /scratch
     python profiling/checkpoint.py --shape tiny --device cpu --tokens 512 --seq-len 128 --every 4 --steps 8
 
-Steps without and with follow one another with nothing awaited in between, so that both begin and end in the middle of
-updates: to wait for these at the end of each kind would make the shorter one look slow.
+Steps without come before and after those with, for a machine may change meanwhile; all follow one another with nothing
+awaited in between, so that both kinds begin and end in the middle of updates: to wait for these at the end of each
+would make the shorter one look slow. Steps that the last checkpoint still takes after its turn count for neither.
 
 Every checkpoint is removed before the next one begins, so the disk needs room for one only; the time that takes is not
 counted. The row tells: tokens per second of the steps without and with checkpoints, and seconds of those steps during
@@ -100,6 +101,11 @@ class Bench:
             done += 1
         return done, time.perf_counter() - began - (self.removal_s - removed)
 
+    def steps_until_saved(self) -> None:
+        """Do steps, which nobody counts, until the save under way is on disk."""
+        while self.save is not None and not self.save.done and time.perf_counter() < self.deadline:
+            self.steps(1, None)
+
     def begin_save(self) -> None:
         """Make room for the next checkpoint and begin it."""
         self.end_save()
@@ -150,18 +156,23 @@ def measure(args: argparse.Namespace) -> dict:
         print(engine.plan.table(), f"built in {time.perf_counter() - started:.1f} s", sep="\n", flush=True)
         bench = Bench(engine, batches, args, deadline=started + args.seconds * 0.6)
         bench.steps(args.warmup, None)
-        num_bare, bare_s = bench.steps(args.bare_steps or args.every, None)
+        half = -(-(args.bare_steps or args.every) // 2)
+        num_before, before_s = bench.steps(half, None)
         num_with, with_s = bench.steps(args.steps, args.every)
-        if not num_bare or not num_with:
-            sys.exit(f"--seconds {args.seconds} leave no time for steps; give more, or fewer --bare-steps")
+        bench.steps_until_saved()
+        num_after, after_s = bench.steps(half, None)
+        if not num_after or num_with < args.steps:
+            sys.exit(f"--seconds {args.seconds} leave no time for all steps; give more, or fewer --bare-steps")
         bench.end_save()
         expected, planned, host = bench.loss_after_save, engine.plan.num_bytes("host"), engine.host_bytes
+    num_bare, bare_s = num_before + num_after, before_s + after_s
     bare = args.tokens * num_bare / bare_s
     saving = args.tokens * num_with / with_s
     row = {
         "system": "checkpoints", "tokens": args.tokens, "num_parameters": engine.plan.num_parameters,
         "every": args.every, "staging": args.staging, "moments": args.moments, "raw_disk_bytes_per_s": raw,
         "tokens_per_s_without": bare, "steps_without": num_bare,
+        "step_s_before": before_s / num_before, "step_s_after": after_s / num_after,
         "tokens_per_s_with": saving, "steps_with": num_with, "ratio": saving / bare,
         "step_s_while_saving": statistics.mean(bench.during) if bench.during else None,
         "steps_while_saving": len(bench.during),
@@ -183,7 +194,8 @@ def report(row: dict, step_s: float) -> None:
     speed = row["saves"][-1]["bytes_per_s"]
     print(
         f"{row['tokens_per_s_without']:,.0f} tokens/s without, {row['tokens_per_s_with']:,.0f} with a checkpoint every "
-        f"{row['every']} steps: {row['ratio']:.3f}\n"
+        f"{row['every']} steps: {row['ratio']:.3f} (without, before {row['step_s_before']:.3f} s a step, after "
+        f"{row['step_s_after']:.3f})\n"
         f"longest stall {stall:.3f} s, {stall / step_s:.1%} of a step; {row['late_steps']} steps late\n"
         f"{speed / 1e9:.2f} GB/s, {speed / row['raw_disk_bytes_per_s']:.0%} of the raw disk",
         flush=True,
@@ -208,8 +220,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--steps", type=int, default=20, help="with checkpoints")
-    parser.add_argument("--bare-steps", type=int, help="without, before those; default: --every")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--bare-steps", type=int, help="without, half before those and half after; default: --every")
+    parser.add_argument("--warmup", type=int, default=6, help="steps while the staging's pages come into being")
     parser.add_argument("--seconds", type=float, default=190, help="that all of it may take, about")
     parser.add_argument("--folder", type=Path, default=Path("checkpoint-bench"), help="on the disk to measure")
     parser.add_argument("--staging", default="auto")

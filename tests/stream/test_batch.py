@@ -1,7 +1,10 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
+import horizon.stream.batch as batch_module
 from horizon.errors import BatchError
 from horizon.stream.batch import IGNORED, to_micro_batches
 
@@ -127,3 +130,21 @@ def test_what_the_user_handed_in_is_left_as_it_was():
     prepared(batch)
     assert batch.keys() == copies.keys()
     assert all(torch.equal(batch[key], copies[key]) and batch[key].dtype == copies[key].dtype for key in batch)
+
+
+@pytest.mark.parametrize("labels", [IDS, IDS + VOCAB], ids=["taken", "refused"])
+def test_no_thread_of_torchs_is_waited_for_that_would_wait_for_a_core(labels, monkeypatch):
+    seen, before, check = [], torch.get_num_threads(), batch_module._check_values
+
+    def looking(*arguments):
+        seen.append(torch.get_num_threads())
+        check(*arguments)
+
+    monkeypatch.setattr(batch_module, "_check_values", looking)
+    torch.set_num_threads(3)
+    try:
+        with nullcontext() if labels is IDS else pytest.raises(BatchError):
+            prepared(ok(labels=labels))
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
