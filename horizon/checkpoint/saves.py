@@ -185,6 +185,7 @@ class Saves:
             self.finish()  # it is being written from what there was
             self._staging.close()
             self._staging = None
+        self._reader.make_room()
         self._staging = self._staging or Staging(self._staging_bytes)
 
     def begin(self, folder: Path, manifest: Manifest, order: Sequence[int], tokenizer: Tokenizer | None) -> Save:

@@ -196,6 +196,13 @@ class StateReader:
         """Whether states may be in device memory."""
         return self._stream is not None
 
+    def make_room(self) -> None:
+        """Have the memory that states come through; a save that begins does not wait for its pages, then."""
+        if self._bounce is None and (self._store.on_nvme or self.on_gpu):
+            self._bounce = Arena([BOUNCE_BYTES // 2] * (2 * self._num_threads), "checkpoint copies", pin=self.on_gpu)
+            for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
+                self._free.put(pair)
+
     def begin(self) -> None:
         """What is read from now on comes after all that the device and the updates were told to do so far."""
         if self._store.pages is not None:
@@ -203,11 +210,6 @@ class StateReader:
         if self._stream is not None:
             for stream in (self._streams.compute, self._streams.update):
                 self._stream.wait_event(stream.record_event())
-        if self._bounce is None and (self._store.on_nvme or (self._stream is not None and self._store.in_hbm)):
-            sizes, pin = [BOUNCE_BYTES // 2] * (2 * self._num_threads), self._stream is not None
-            self._bounce = Arena(sizes, "checkpoint copies", pin=pin)
-            for pair in zip(self._bounce.regions[::2], self._bounce.regions[1::2], strict=True):
-                self._free.put(pair)
 
     def read(self, array: StateArray, chunk: Chunk, out: Tensor) -> None:
         """Fill `out`, flat, with a chunk's numbers: of a state, or masters joined from both halves."""

@@ -161,6 +161,7 @@ def test_moments_are_read_when_they_are_on_disk_though_more_pages_were_announced
         store.pages.acquire(0, 0)["exp_avg"].fill_(3.0)
         store.pages.release(0, 0)
         with closing(StateReader(store, Streams.on(torch.device("cpu")))) as reader:
+            reader.make_room()
             reader.begin()
             store.pages.announce(0)  # waits for the snapshot
             (array,) = (a for a in list_arrays([layout], Moments.float32) if a.spec.kind == "exp_avg")
