@@ -40,14 +40,15 @@ def test_greedy_tokens_are_those_of_transformers(family, policy):
 
 
 def test_the_devices_peak_stays_in_the_budget_with_keys_and_values_on_the_host():
+    """In fp32: in bf16 two runs of the same settings may differ, where two tokens are as likely as each other."""
     ids, mask = prompts(rows=16, tokens=512, vocab=2048)
     arguments = {"max_new_tokens": 32, "eos_token_id": None}
-    settings = {"device": DEVICE, "compute_dtype": "bfloat16", "kernels": "torch", "self_check": False}
+    settings = {"device": DEVICE, "compute_dtype": "float32", "kernels": "torch", "self_check": False}
     found = []
     for tight in (False, True):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        budget = str(found[0][1] - 128 * MIB) if tight else "auto"  # keys and values are 16 x 544 x 8 x 4 KiB: 272 MiB
+        budget = str(found[0][1] - 128 * MIB) if tight else "auto"  # keys and values are 16 x 544 x 8 x 8 KiB: 544 MiB
         memory = horizon.MemoryConfig(device_budget=budget, policy="dram")
         with horizon.InferenceEngine.from_pretrained(MEDIUM, memory=memory, **settings) as engine:
             planned = engine.plan_generation(*ids.shape, **arguments)
