@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,11 +136,11 @@ class NvmeTier:
                 part, mine = data[done : stop - offset], staged[start - first : stop - first]
                 if write:
                     self._read_edges(place, first, start, stop, staged)
-                    mine.copy_(part)
+                    _copy(mine, part)
                     self.run([Move(place, first, staged, True)])
                 else:
                     self.run([Move(place, first, staged, False)])
-                    part.copy_(mine)
+                    _copy(part, mine)
                 done = stop - offset
 
     def _read_edges(self, place: Place, first: int, start: int, stop: int, staged: Tensor) -> None:
@@ -221,3 +222,8 @@ class NvmeFolder(NamedTuple):
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous host tensor, flat."""
     return tensor.view(-1).view(torch.uint8)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy host bytes; not by torch, whose threads would queue behind the update's (6 ms for 16 MiB, not 2)."""
+    np.copyto(target.numpy(), source.numpy())
