@@ -165,6 +165,12 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_scripts_that_are_named_exist(page):
+    for named in re.findall(r"(?<![\w/.-])(?:profiling|examples)/[\w/]+\.py", page.read_text()):
+        assert (ROOT / named).exists(), named
+
+
 def test_the_readme_names_the_architectures_that_the_tests_train():
     listed = re.search(r"Trained in the tests.*?:(.*?)\n\n", README, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", listed)) == {family.split(",")[0] for family in FAMILIES}
