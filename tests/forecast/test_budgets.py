@@ -17,6 +17,7 @@ from horizon.plan.traffic import least_traffic
 from tests.forecast.conftest import SMALL, machine, settings
 
 MODEL = SMALL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000}
+LARGE = MODEL | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16}
 NVME, CXL = {"memory.nvme_dir": "there"}, {"memory.policy": Policy.cxl_aware}
 MOMENTS, RESIDUAL = TierRule(state="exp_avg*", tier=Tier.nvme), TierRule(state="residual", tier=Tier.cxl)
 SPILLED = {"memory.host_budget": "100MiB"}
@@ -102,15 +103,31 @@ def test_a_step_with_everything_on_disk_is_predicted(forecaster):
     assert forecaster(some, described()).forecast(some).prediction.disk_s < found.prediction.disk_s
 
 
+def told_to_leave(forecaster, config):
+    """The plan with what states are told to leave of host memory, where they fill it."""
+    outlook = look(forecaster, config)
+    assert outlook.refusal is not None and outlook.refusal.tier == "host"
+    (wanted,) = (a.change for a in outlook.alternatives if set(a.change) == {"memory.host_reserve"})
+    return forecaster.forecast(changed(config, wanted)).plan
+
+
 def test_states_that_fill_host_memory_are_told_to_leave_what_activations_need(forecaster):
     change = {"memory.device_budget": "3GiB", "train.batch_size": 512, "train.micro_batch": 1, "optim.clip": "lagged"}
-    large = MODEL | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16}  # staging is as large
-    config = changed(settings(large, train__batch_size=4), NVME | {"memory.hbm_blocks": 0} | change)
+    config = changed(settings(LARGE, train__batch_size=4), NVME | {"memory.hbm_blocks": 0} | change)
     found = forecaster(config, described("32GiB"))
     host = found.forecast(config).plan.num_bytes("host")
     tight = changed(config, {"memory.host_budget": f"{host - (300 << 20)}B"})
-    outlook = look(found, tight)
-    assert outlook.refusal is not None and outlook.refusal.tier == "host"
-    (wanted,) = (a.change for a in outlook.alternatives if set(a.change) == {"memory.host_reserve"})
-    plan = found.forecast(changed(tight, wanted)).plan
+    plan = told_to_leave(found, tight)
     assert plan.num_bytes("host") <= plan.limits.host and plan.num_bytes("nvme")
+
+
+@pytest.mark.parametrize(("staging", "share"), [("auto", 0.49), ("2GiB", 0.9)])
+def test_states_that_fill_host_memory_are_told_to_leave_what_checkpoints_need(forecaster, staging, share):
+    change = {"memory.device_budget": "3GiB", "memory.hbm_blocks": 0, "checkpoint.save_every": "10"}
+    config = changed(settings(LARGE, train__batch_size=4), NVME | change | {"checkpoint.staging": staging})
+    found = forecaster(config, described("32GiB"))
+    all_in_memory = found.forecast(config).plan.num_bytes("host")
+    plan = told_to_leave(found, changed(config, {"memory.host_budget": f"{int(all_in_memory * share)}B"}))
+    (kept,) = (line.num_bytes for line in plan.lines if line.purpose == "checkpoint staging")
+    assert plan.num_bytes("host") <= plan.limits.host and plan.num_bytes("nvme")
+    assert kept >= (2 << 30 if staging == "2GiB" else 1)
