@@ -8,7 +8,7 @@ through fp32; into fewer bits they are rounded stochastically, as an update of t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -114,7 +114,7 @@ def differences(
     prefix: str,
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
-    ignored: set[str] = frozenset(),  # type: ignore[assignment]
+    ignored: Set[str] = frozenset(),
 ) -> list[str]:
     """`key: A when it was saved, B now` for every key whose values differ."""
     keys = sorted((saved.keys() | now.keys()) - ignored)

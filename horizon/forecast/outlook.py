@@ -156,8 +156,9 @@ def worthwhile(outlook: Outlook, gain: float = 0.01) -> Iterable[Alternative]:
         other = alternative.forecast
         if other is None:
             continue
-        timed = other.prediction is not None and base.prediction is not None
-        speed = other.prediction.tokens_per_s / base.prediction.tokens_per_s if timed else 1.0  # type: ignore[union-attr]
+        speed = 1.0
+        if other.prediction is not None and base.prediction is not None:
+            speed = other.prediction.tokens_per_s / base.prediction.tokens_per_s
         sizes: Sequence[float] = [
             other.plan.num_bytes(tier) / max(base.plan.num_bytes(tier), 1) for tier in ("host", "device")
         ]
